@@ -1,0 +1,15 @@
+"""mmlavit: the Less-Attention Vision Transformer (LaViT) as a backbone for OpenMMLab.
+
+Importing this package registers :class:`LaViT` and :class:`DiagonalityLossHook` in MMEngine.
+"""
+
+from .compat import require_mmengine
+
+require_mmengine()
+
+from .arch import ARCHS  # noqa: E402
+from .backbone import LaViT  # noqa: E402
+from .diagonality import DiagonalityLossHook, diagonality_preserving_loss  # noqa: E402
+
+__version__ = '0.1.0'
+__all__ = ['ARCHS', 'DiagonalityLossHook', 'LaViT', 'diagonality_preserving_loss']

@@ -1,0 +1,160 @@
+"""The family: what makes one LaViT different from another, as data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+
+NUM_STAGES = 4
+
+
+def per_stage_ints(name: str, values: object, minimum: int = 1) -> tuple[int, ...]:
+    """Check one integer per stage.
+
+    Args:
+        name: The argument, for the message.
+        values: What the user gave.
+        minimum: Smallest allowed value.
+
+    Returns:
+        The values as a tuple.
+
+    Raises:
+        TypeError: If it is not a sequence of integers.
+        ValueError: If there are not four, or one is under ``minimum``.
+    """
+    if not isinstance(values, Sequence) or isinstance(values, str):
+        raise TypeError(f'{name} must be a sequence of {NUM_STAGES} integers, got {values!r}')
+    if any(not isinstance(v, int) or isinstance(v, bool) for v in values):
+        raise TypeError(f'{name} must hold integers, got {values!r}')
+    if len(values) != NUM_STAGES:
+        raise ValueError(
+            f'{name} must have one value for each of the {NUM_STAGES} stages, got {len(values)}: '
+            f'{values!r}'
+        )
+    if any(v < minimum for v in values):
+        raise ValueError(f'{name} must be at least {minimum} in every stage, got {values!r}')
+    return tuple(values)
+
+
+@dataclass(frozen=True)
+class Arch:
+    """Sizes of a LaViT, one value per stage.
+
+    Args:
+        embed_dims: Channels of a token.
+        num_heads: Attention heads; each divides its ``embed_dims``.
+        depths: Layers.
+        vanilla_depths: How many of them, from the first on, are vanilla attention (at least 1;
+            the others are less attention).
+        mlp_ratios: Hidden channels of the MLP over ``embed_dims``.
+
+    Raises:
+        TypeError: If a field is not a sequence of numbers.
+        ValueError: If a field's values do not fit; the message names the field.
+    """
+
+    embed_dims: tuple[int, ...]
+    num_heads: tuple[int, ...]
+    depths: tuple[int, ...]
+    vanilla_depths: tuple[int, ...]
+    mlp_ratios: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        for name in ('embed_dims', 'num_heads', 'depths', 'vanilla_depths'):
+            object.__setattr__(self, name, per_stage_ints(name, getattr(self, name)))
+        object.__setattr__(self, 'mlp_ratios', _check_ratios(self.mlp_ratios))
+        for stage in range(NUM_STAGES):
+            dims, heads = self.embed_dims[stage], self.num_heads[stage]
+            if dims % heads:
+                raise ValueError(
+                    f'embed_dims[{stage}] = {dims} is not divisible by num_heads[{stage}] = {heads}'
+                )
+            if self.vanilla_depths[stage] > self.depths[stage]:
+                raise ValueError(
+                    f'vanilla_depths[{stage}] = {self.vanilla_depths[stage]} is more than '
+                    f'depths[{stage}] = {self.depths[stage]}'
+                )
+            if int(dims * self.mlp_ratios[stage]) < 1:
+                raise ValueError(
+                    f'mlp_ratios[{stage}] = {self.mlp_ratios[stage]} leaves no hidden channel '
+                    f'beside embed_dims[{stage}] = {dims}'
+                )
+
+    @classmethod
+    def of(cls, arch: str | Mapping | Arch) -> Arch:
+        """Look up a name or check a dict.
+
+        Args:
+            arch: A name in :data:`ARCHS`, or a mapping with exactly the fields of this class.
+
+        Returns:
+            The checked sizes.
+
+        Raises:
+            TypeError: If ``arch`` is neither.
+            ValueError: If the name is unknown, or fields are missing or unknown.
+        """
+        if isinstance(arch, Arch):
+            return arch
+        if isinstance(arch, str):
+            if arch not in ARCHS:
+                raise ValueError(f'arch must be one of {list(ARCHS)} or a dict, got {arch!r}')
+            return ARCHS[arch]
+        if not isinstance(arch, Mapping):
+            raise TypeError(f'arch must be one of {list(ARCHS)} or a dict, got {arch!r}')
+        names = {f.name for f in fields(cls)}
+        if missing := sorted(names - set(arch)):
+            raise ValueError(f'arch lacks {missing}; it needs {sorted(names)}')
+        if unknown := sorted(set(arch) - names):
+            raise ValueError(f'arch has unknown keys {unknown}; it takes {sorted(names)}')
+        return cls(**arch)
+
+    @property
+    def name(self) -> str:
+        """The name in :data:`ARCHS`, or ``'custom'``."""
+        return next((name for name, arch in ARCHS.items() if arch == self), 'custom')
+
+
+def _check_ratios(values: object) -> tuple[float, ...]:
+    if not isinstance(values, Sequence) or any(
+        not isinstance(v, (int, float)) or isinstance(v, bool) for v in values
+    ):
+        raise TypeError(f'mlp_ratios must be a sequence of {NUM_STAGES} numbers, got {values!r}')
+    if len(values) != NUM_STAGES or any(not 0 < v < float('inf') for v in values):
+        raise ValueError(f'mlp_ratios must be {NUM_STAGES} positive numbers, got {values!r}')
+    return tuple(values)
+
+
+# Nano is ours, for demos and small data. The others land on the paper's sizes (design, section 2);
+# the paper prints no table of its own.
+ARCHS: dict[str, Arch] = {
+    'nano': Arch(
+        embed_dims=(32, 64, 160, 320),
+        num_heads=(1, 2, 5, 10),
+        depths=(2, 2, 2, 2),
+        vanilla_depths=(1, 1, 1, 1),
+        mlp_ratios=(4, 4, 4, 4),
+    ),
+    'tiny': Arch(
+        embed_dims=(48, 96, 240, 480),
+        num_heads=(1, 2, 5, 10),
+        depths=(3, 3, 3, 3),
+        vanilla_depths=(1, 1, 1, 1),
+        mlp_ratios=(4, 4, 4, 4),
+    ),
+    'small': Arch(
+        embed_dims=(64, 128, 320, 640),
+        num_heads=(1, 2, 5, 10),
+        depths=(3, 3, 6, 3),
+        vanilla_depths=(1, 1, 2, 1),
+        mlp_ratios=(4, 4, 4, 4),
+    ),
+    'base': Arch(
+        embed_dims=(64, 128, 320, 640),
+        num_heads=(1, 2, 5, 10),
+        depths=(2, 3, 18, 4),
+        vanilla_depths=(1, 1, 2, 1),
+        mlp_ratios=(4, 4, 4, 4),
+    ),
+}

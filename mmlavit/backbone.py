@@ -1,0 +1,332 @@
+"""LaViT, the Less-Attention Vision Transformer (CVPR 2024, arXiv 2406.00427)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+from mmengine.logging import print_log
+from mmengine.model import BaseModule
+from mmengine.model.weight_init import trunc_normal_
+from mmengine.registry import MODELS
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from .arch import NUM_STAGES, Arch, per_stage_ints
+from .attention import LessAttention, VanillaAttention
+from .attention_residual import AttentionResidual
+from .block import Block, PatchEmbed
+from .checkpoint import check_arch, fit_windows, strip_prefix, windows_of
+from .windows import WindowGrid, nesting_ratio
+
+
+class Stage(nn.Module):
+    """Patch merging (from the second stage on), then vanilla layers, then less-attention layers.
+
+    Args:
+        downsample: The merging before the layers, or None.
+        attention_residual: What brings the previous stage's scores down, or None.
+        blocks: The layers.
+        window: Side of the windows, in tokens.
+        with_cp: Whether to recompute each layer in the backward pass instead of storing it.
+    """
+
+    def __init__(
+        self,
+        downsample: PatchEmbed | None,
+        attention_residual: AttentionResidual | None,
+        blocks: Sequence[Block],
+        window: int,
+        with_cp: bool = False,
+    ) -> None:
+        super().__init__()
+        self.downsample = downsample
+        self.attention_residual = attention_residual
+        self.blocks = nn.ModuleList(blocks)
+        self.window = window
+        self.with_cp = with_cp
+
+    def forward(
+        self, x: Tensor, scores: Tensor | None, prev: WindowGrid | None
+    ) -> tuple[Tensor, Tensor, WindowGrid]:
+        """Run the stage.
+
+        Args:
+            x: Map of tokens (B, H', W', C') of the previous stage (or the patch embedding's).
+            scores: The previous stage's last scores, or None.
+            prev: The previous stage's grid, or None.
+
+        Returns:
+            The map (B, H, W, C), its last scores (windows, heads, n, n) and its grid.
+        """
+        if self.downsample is not None:
+            x = self.downsample(x)
+        grid = WindowGrid(*x.shape[1:3], self.window)
+        residual = None
+        if self.attention_residual is not None:
+            residual = self.attention_residual(scores, prev, grid)
+        for i, block in enumerate(self.blocks):
+            if i == 0:
+                scores = residual
+            elif isinstance(block.attn, VanillaAttention):
+                scores = None
+            if self.with_cp and x.requires_grad:
+                x, scores = checkpoint(block, x, grid, scores, use_reentrant=False)
+            else:
+                x, scores = block(x, grid, scores)
+        return x, scores, grid
+
+
+@MODELS.register_module()
+class LaViT(BaseModule):
+    """Less-Attention Vision Transformer.
+
+    "You Only Need Less Attention at Each Stage in Vision Transformers", CVPR 2024,
+    https://arxiv.org/abs/2406.00427. Four stages at strides 4, 8, 16, 32. The first layers of a
+    stage compute attention scores; the others transform the scores of the layer before. The last
+    scores of a stage are passed on to the next. Scores live in windows (our answer to a point that
+    the paper leaves open), so the same weights serve every image size.
+
+    Args:
+        arch: ``'nano'``, ``'tiny'``, ``'small'``, ``'base'``, or a dict with ``embed_dims``,
+            ``num_heads``, ``depths``, ``vanilla_depths`` and ``mlp_ratios``, each with a value for
+            every stage. Defaults to ``'small'``.
+        in_channels: Channels of the image. Defaults to 3.
+        window_sizes: Side of the windows of each stage, in tokens. Windows must nest:
+            ``2 * w[m] / w[m-1]`` is a whole number and ``w[m-1]`` is even. ``(56, 28, 14, 7)`` is
+            the paper to the letter at 224 x 224. Defaults to (8, 8, 8, 8).
+        out_indices: Stages to return, ascending. Later stages are not built.
+            Defaults to (0, 1, 2, 3).
+        drop_rate: Dropout after the projections and in the MLPs. Defaults to 0.
+        attn_drop_rate: Dropout on the attention after the softmax. Defaults to 0.
+        drop_path_rate: Stochastic depth of the last layer; it grows linearly from 0.
+            Defaults to 0.1.
+        qkv_bias: Whether the projections to Q, K and V have a bias. Defaults to True.
+        frozen_stages: Freeze the patch embedding and this many stages, with their output norms;
+            -1 freezes nothing, 0 the patch embedding alone. Defaults to -1.
+        with_cp: Recompute each layer in the backward pass to save memory. Defaults to False.
+        init_cfg: As everywhere in MMEngine. ``dict(type='Pretrained', checkpoint=...,
+            prefix='backbone.')`` loads the backbone of a classifier, detector or segmentor; weights
+            made for other ``window_sizes`` are resized. Defaults to None.
+
+    Raises:
+        TypeError: If an argument is of the wrong type.
+        ValueError: If an argument does not fit. Both name the argument and the value.
+    """
+
+    def __init__(
+        self,
+        arch: str | Mapping = 'small',
+        in_channels: int = 3,
+        window_sizes: Sequence[int] = (8, 8, 8, 8),
+        out_indices: Sequence[int] = (0, 1, 2, 3),
+        drop_rate: float = 0.0,
+        attn_drop_rate: float = 0.0,
+        drop_path_rate: float = 0.1,
+        qkv_bias: bool = True,
+        frozen_stages: int = -1,
+        with_cp: bool = False,
+        init_cfg: dict | list[dict] | None = None,
+    ) -> None:
+        super().__init__(init_cfg=init_cfg)
+        arch = Arch.of(arch)
+        window_sizes = per_stage_ints('window_sizes', window_sizes)
+        for prev_window, window in zip(window_sizes[:-1], window_sizes[1:], strict=True):
+            nesting_ratio(prev_window, window)
+        self.arch = arch
+        self.window_sizes = window_sizes
+        self.in_channels = _check_int('in_channels', in_channels, 1)
+        self.out_indices = _check_out_indices(out_indices)
+        self.frozen_stages = _check_int('frozen_stages', frozen_stages, -1, NUM_STAGES)
+        drop_rate = _check_rate('drop_rate', drop_rate)
+        attn_drop_rate = _check_rate('attn_drop_rate', attn_drop_rate)
+        drop_path_rate = _check_rate('drop_path_rate', drop_path_rate)
+        qkv_bias = _check_bool('qkv_bias', qkv_bias)
+        with_cp = _check_bool('with_cp', with_cp)
+
+        num_stages = self.out_indices[-1] + 1
+        self.depths = arch.depths[:num_stages]
+        total = sum(self.depths)
+        drop_paths = iter(drop_path_rate * i / max(total - 1, 1) for i in range(total))
+
+        self.patch_embed = PatchEmbed(in_channels, arch.embed_dims[0], 4)
+        self.stages = nn.ModuleList()
+        for m in range(num_stages):
+            dims, heads, window = arch.embed_dims[m], arch.num_heads[m], window_sizes[m]
+            blocks = []
+            for i in range(arch.depths[m]):
+                if i < arch.vanilla_depths[m]:
+                    attn = VanillaAttention(dims, heads, qkv_bias, attn_drop_rate, drop_rate)
+                else:
+                    attn = LessAttention(dims, heads, window, qkv_bias, attn_drop_rate, drop_rate)
+                blocks.append(
+                    Block(dims, attn, arch.mlp_ratios[m], drop_rate, next(drop_paths))
+                )
+            downsample = residual = None
+            if m > 0:
+                downsample = PatchEmbed(arch.embed_dims[m - 1], dims, 2)
+                residual = AttentionResidual(
+                    arch.num_heads[m - 1], heads, window_sizes[m - 1], window
+                )
+            self.stages.append(Stage(downsample, residual, blocks, window, with_cp))
+        for m in self.out_indices:
+            self.add_module(f'norm{m}', nn.LayerNorm(arch.embed_dims[m], eps=1e-6))
+
+        self._reset_parameters()
+        self._freeze_stages()
+
+    def _reset_parameters(self) -> None:
+        """Initial weights as in Swin and PVT; ``Psi``, ``Theta`` and LayerScale set their own."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                trunc_normal_(module.weight, std=0.02)
+            elif isinstance(module, nn.Conv2d):
+                fan_out = math.prod(module.kernel_size) * module.out_channels // module.groups
+                nn.init.normal_(module.weight, std=math.sqrt(2 / fan_out))
+            else:
+                continue
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+
+    def _freeze_stages(self) -> None:
+        if self.frozen_stages < 0:
+            return
+        frozen: list[nn.Module] = [self.patch_embed, *self.stages[: self.frozen_stages]]
+        frozen += [
+            self.get_submodule(f'norm{m}') for m in self.out_indices if m < self.frozen_stages
+        ]
+        for module in frozen:
+            module.eval()
+            module.requires_grad_(False)
+
+    def train(self, mode: bool = True) -> LaViT:
+        """Set the mode; frozen stages stay in evaluation."""
+        super().train(mode)
+        self._freeze_stages()
+        return self
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Compute feature maps.
+
+        Args:
+            x: Images (B, in_channels, H, W), any H, W >= 1, any memory format.
+
+        Returns:
+            For each of ``out_indices`` a map (B, embed_dims[m], ceil(H / s), ceil(W / s)) with
+            s = 4, 8, 16, 32. Maps are always NCHW-contiguous: mmcv's RoIAlign is silently wrong on
+            any other layout (open-mmlab/mmcv#2203).
+
+        Raises:
+            TypeError: If ``x`` is not a floating-point tensor.
+            ValueError: If its shape is wrong.
+        """
+        self._check_input(x)
+        x = self.patch_embed(x.permute(0, 2, 3, 1))
+        scores = grid = None
+        maps = []
+        for m, stage in enumerate(self.stages):
+            x, scores, grid = stage(x, scores, grid)
+            if m in self.out_indices:
+                norm = self.get_submodule(f'norm{m}')
+                maps.append(norm(x).permute(0, 3, 1, 2).contiguous())
+        return tuple(maps)
+
+    def _check_input(self, x: Tensor) -> None:
+        if not isinstance(x, Tensor) or not x.is_floating_point():
+            kind = x.dtype if isinstance(x, Tensor) else type(x).__name__
+            raise TypeError(f'x must be a floating-point tensor of images, got {kind}')
+        if x.ndim != 4 or x.shape[1] != self.in_channels or 0 in x.shape:
+            raise ValueError(
+                f'x must have shape (B, {self.in_channels}, H, W) with B, H, W >= 1, '
+                f'got {tuple(x.shape)}'
+            )
+
+    def get_layer_depth(self, param_name: str, prefix: str = '') -> tuple[int, int]:
+        """The depth of a parameter, for mmpretrain's layer-wise learning-rate decay.
+
+        Args:
+            param_name: Full name of the parameter in the model.
+            prefix: What comes before the backbone's own names, such as ``'backbone.'``.
+
+        Returns:
+            The depth, and the number of depths: 0 is the patch embedding, the last is what follows
+            the stages.
+        """
+        num_layers = sum(self.depths) + 2
+        if not param_name.startswith(prefix):
+            return num_layers - 1, num_layers
+        parts = param_name[len(prefix) :].split('.')
+        if parts[0] == 'patch_embed':
+            return 0, num_layers
+        if parts[0] != 'stages':
+            return num_layers - 1, num_layers
+        before = sum(self.depths[: int(parts[1])])
+        if parts[2] == 'downsample':
+            # Merging closes the previous stage, as in Swin.
+            return before, num_layers
+        layer = int(parts[3]) if parts[2] == 'blocks' else 0
+        return before + layer + 1, num_layers
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Tensor], prefix: str, *args: object
+    ) -> None:
+        """Refuse another arch's weights and fit other windows', however the weights come in.
+
+        PyTorch and MMEngine both call this first, with the whole state dict.
+        """
+        weights = strip_prefix(state_dict, prefix)
+        if 'patch_embed.proj.weight' in weights:
+            own = self.state_dict()
+            check_arch(weights, own)
+            before = windows_of(weights)
+            if resized := fit_windows(weights, own):
+                state_dict.update({prefix + name: weights[name] for name in resized})
+                print_log(
+                    f'LaViT: resized Psi and Theta of {len(resized) // 2} layers from window sizes '
+                    f'{before} to {windows_of(own)} by interpolation',
+                    logger='current',
+                )
+        elif not prefix:
+            raise ValueError(
+                'the state dict holds no LaViT weights under their own names (such as '
+                f"'patch_embed.proj.weight'), it starts with {list(state_dict)[:3]}; to load the "
+                "backbone of a larger model, give init_cfg a prefix such as 'backbone.'"
+            )
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def _check_int(name: str, value: object, minimum: int, maximum: int | None = None) -> int:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f'{name} must be an integer, got {value!r}')
+    if value < minimum or (maximum is not None and value > maximum):
+        limits = f'at least {minimum}' if maximum is None else f'in {minimum}..{maximum}'
+        raise ValueError(f'{name} must be {limits}, got {value}')
+    return value
+
+
+def _check_bool(name: str, value: object) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError(f'{name} must be True or False, got {value!r}')
+    return value
+
+
+def _check_rate(name: str, value: object) -> float:
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        raise TypeError(f'{name} must be a number, got {value!r}')
+    if not 0 <= value < 1:
+        raise ValueError(f'{name} must be in [0, 1), got {value}')
+    return float(value)
+
+
+def _check_out_indices(values: object) -> tuple[int, ...]:
+    if not isinstance(values, Sequence) or any(
+        not isinstance(v, int) or isinstance(v, bool) for v in values
+    ):
+        raise TypeError(f'out_indices must be a sequence of integers, got {values!r}')
+    if not values or list(values) != sorted(set(values)) or not 0 <= values[0] <= values[-1] < 4:
+        raise ValueError(
+            'out_indices must be ascending stages out of (0, 1, 2, 3), without repeats, got '
+            f'{values!r}'
+        )
+    return tuple(values)

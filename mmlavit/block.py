@@ -1,0 +1,134 @@
+"""Patch embedding, downsampling and the block (position convolution, attention, MLP)."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .attention import LessAttention, VanillaAttention
+from .windows import WindowGrid, ceil_div
+
+
+class PatchEmbed(nn.Module):
+    """Non-overlapping ``patch x patch`` convolution of stride ``patch``, then LayerNorm.
+
+    Serves both as the patch embedding of the image (patch 4) and as the downsampling between
+    stages (patch 2). Maps that ``patch`` does not divide are zero-padded at the bottom and right.
+
+    Args:
+        in_channels: Channels of the input.
+        embed_dims: Channels of a token.
+        patch: Side of a patch.
+    """
+
+    def __init__(self, in_channels: int, embed_dims: int, patch: int) -> None:
+        super().__init__()
+        self.patch = patch
+        self.proj = nn.Conv2d(in_channels, embed_dims, patch, patch)
+        self.norm = nn.LayerNorm(embed_dims, eps=1e-6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Embed.
+
+        Args:
+            x: Map (B, H, W, in_channels).
+
+        Returns:
+            Map of tokens (B, ceil(H / patch), ceil(W / patch), embed_dims).
+        """
+        height, width = x.shape[1:3]
+        bottom = ceil_div(height, self.patch) * self.patch - height
+        right = ceil_div(width, self.patch) * self.patch - width
+        if bottom or right:
+            x = F.pad(x, (0, 0, 0, right, 0, bottom))
+        return self.norm(self.proj(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
+
+
+class DropPath(nn.Module):
+    """Stochastic depth: drops a residual branch for whole images (arXiv 1603.09382).
+
+    Args:
+        drop_prob: Probability of dropping; the kept branches are scaled to keep the mean.
+    """
+
+    def __init__(self, drop_prob: float = 0.0) -> None:
+        super().__init__()
+        self.drop_prob = drop_prob
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Drop or keep the branch ``x`` (B, ...) of each image."""
+        if self.drop_prob == 0.0 or not self.training:
+            return x
+        keep = 1 - self.drop_prob
+        return x * (x.new_empty(x.shape[0], *[1] * (x.ndim - 1)).bernoulli_(keep) / keep)
+
+    def extra_repr(self) -> str:
+        """The probability, for ``print(model)``."""
+        return f'drop_prob={self.drop_prob:.3f}'
+
+
+class MLP(nn.Module):
+    """Two linear layers with GELU between.
+
+    Args:
+        embed_dims: Channels of a token.
+        hidden_dims: Channels between the layers.
+        drop_rate: Dropout after each layer.
+    """
+
+    def __init__(self, embed_dims: int, hidden_dims: int, drop_rate: float = 0.0) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(embed_dims, hidden_dims)
+        self.fc2 = nn.Linear(hidden_dims, embed_dims)
+        self.drop = nn.Dropout(drop_rate)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map tokens (..., embed_dims) to tokens of the same shape."""
+        return self.drop(self.fc2(self.drop(F.gelu(self.fc1(x)))))
+
+
+class Block(nn.Module):
+    """One layer: position convolution, attention, MLP, each with a shortcut.
+
+    Args:
+        embed_dims: Channels of a token.
+        attn: :class:`VanillaAttention` or :class:`LessAttention`.
+        mlp_ratio: Hidden channels of the MLP over ``embed_dims``.
+        drop_rate: Dropout in the MLP.
+        drop_path_rate: Probability of dropping a branch.
+    """
+
+    def __init__(
+        self,
+        embed_dims: int,
+        attn: VanillaAttention | LessAttention,
+        mlp_ratio: float,
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.pos_conv = nn.Conv2d(embed_dims, embed_dims, 3, padding=1, groups=embed_dims)
+        self.norm1 = nn.LayerNorm(embed_dims, eps=1e-6)
+        self.attn = attn
+        self.norm2 = nn.LayerNorm(embed_dims, eps=1e-6)
+        self.mlp = MLP(embed_dims, int(embed_dims * mlp_ratio), drop_rate)
+        self.drop_path = DropPath(drop_path_rate)
+
+    def forward(
+        self, x: Tensor, grid: WindowGrid, scores: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Run the layer.
+
+        Args:
+            x: Map of tokens (B, H, W, embed_dims).
+            grid: Grid of the windows over that map.
+            scores: What the attention takes beside the tokens: the residual from the previous
+                stage or None (vanilla), the scores of the layer before (less).
+
+        Returns:
+            The new map and the layer's scores (windows, heads, n, n).
+        """
+        x = x + self.pos_conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        z, scores = self.attn(self.norm1(x), grid, scores)
+        x = x + self.drop_path(z)
+        return x + self.drop_path(self.mlp(self.norm2(x))), scores

@@ -1,0 +1,185 @@
+"""The diagonality preserving loss (paper, equations 8 and 9) and the hook that adds it."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from mmengine.hooks import Hook
+from mmengine.model import is_model_wrapper
+from mmengine.registry import HOOKS
+from mmengine.runner import Runner
+from torch import Tensor, nn
+
+from .attention import LessAttention
+from .backbone import LaViT
+from .windows import WindowGrid
+
+
+def diagonality_preserving_loss(scores: Tensor, valid: Tensor | None = None) -> Tensor:
+    """How far scores are from symmetric and diagonally dominant.
+
+    Equation 8, symmetry: the mean of ``|A_ij - A_ji|``. Equation 9, dominance of the diagonal: the
+    mean of ``relu(A_ij - A_ii)``. Both are over the pairs ``j != i`` of real tokens of a window;
+    their sum is averaged over windows and heads. It is at least 0, is 0 exactly on symmetric
+    diagonally dominant maps, and does not depend on the number of windows.
+
+    Args:
+        scores: ``A`` before the softmax (windows, heads, n, n). Half precision is computed in
+            float32.
+        valid: Bool mask (windows, n) of real tokens; None where all are. A window with fewer than
+            two real tokens has no pairs and counts as 0.
+
+    Returns:
+        A scalar.
+
+    Raises:
+        TypeError: If ``scores`` is not floating point or ``valid`` not bool.
+        ValueError: If a shape is wrong.
+    """
+    if not isinstance(scores, Tensor) or not scores.is_floating_point():
+        kind = scores.dtype if isinstance(scores, Tensor) else type(scores).__name__
+        raise TypeError(f'scores must be a floating-point tensor, got {kind}')
+    if scores.ndim != 4 or scores.shape[2] != scores.shape[3] or 0 in scores.shape:
+        raise ValueError(f'scores must be (windows, heads, n, n), got {tuple(scores.shape)}')
+    windows, _, n, _ = scores.shape
+    if scores.dtype in (torch.float16, torch.bfloat16):
+        scores = scores.float()
+    if valid is None:
+        padded, count = None, torch.full((windows, 1), n, device=scores.device)
+    else:
+        if not isinstance(valid, Tensor) or valid.dtype != torch.bool:
+            kind = valid.dtype if isinstance(valid, Tensor) else type(valid).__name__
+            raise TypeError(f'valid must be a bool tensor, got {kind}')
+        if valid.shape != (windows, n):
+            raise ValueError(
+                f'valid must be (windows, n) = {(windows, n)} like scores, got {tuple(valid.shape)}'
+            )
+        padded = ~(valid[:, None, :, None] & valid[:, None, None, :])
+        # Also before the differences, so that not even infinite padding leaves a trace.
+        scores = scores.masked_fill(padded, 0)
+        count = valid.sum(dim=-1, keepdim=True)
+    # The pairs j = i contribute 0 to both, so summing over all pairs leaves those with j != i.
+    violation = (scores - scores.mT).abs()
+    violation = violation + F.relu(scores - scores.diagonal(dim1=-2, dim2=-1).unsqueeze(-1))
+    if padded is not None:
+        violation = violation.masked_fill(padded, 0)
+    pairs = (count * (count - 1)).clamp(min=1)
+    return (violation.sum(dim=(-2, -1)) / pairs).mean()
+
+
+@HOOKS.register_module()
+class DiagonalityLossHook(Hook):
+    """Adds the diagonality preserving loss to any model whose backbone is a LaViT.
+
+    While the model computes its losses in training, the hook notes the scores of each
+    less-attention layer and adds ``loss_dp`` to the dict of losses that the model returns: the mean
+    of :func:`diagonality_preserving_loss` over those layers, times ``loss_weight``. From there on it
+    is a loss like any other: summed, scaled by AMP, accumulated, reduced by DDP, logged. Layers in
+    frozen stages do not count. Nothing runs in validation and test.
+
+    Args:
+        loss_weight: Factor of the loss; the paper adds it as it is. Defaults to 1.
+
+    Raises:
+        TypeError: If ``loss_weight`` is not a number.
+        ValueError: If it is negative or not finite, or, when training starts, if the model holds no
+            LaViT with a trainable less-attention layer.
+    """
+
+    def __init__(self, loss_weight: float = 1.0) -> None:
+        if not isinstance(loss_weight, (int, float)) or isinstance(loss_weight, bool):
+            raise TypeError(f'loss_weight must be a number, got {loss_weight!r}')
+        if not 0 <= loss_weight < math.inf:
+            raise ValueError(f'loss_weight must be finite and at least 0, got {loss_weight}')
+        self.loss_weight = loss_weight
+        self._handles: list = []
+        self._seen: list[tuple[Tensor, WindowGrid]] | None = None
+
+    def before_train(self, runner: Runner) -> None:
+        """Start watching the model that the runner trains."""
+        model = runner.model
+        while is_model_wrapper(model):
+            model = model.module
+        layers = less_attention_layers(model)
+        self.after_train(runner)
+        self._handles = [
+            model.register_forward_pre_hook(self._before_forward, with_kwargs=True),
+            model.register_forward_hook(self._after_forward, with_kwargs=True),
+            *(layer.register_forward_hook(self._after_attention) for layer in layers),
+        ]
+
+    def after_train(self, runner: Runner) -> None:
+        """Leave the model as it was."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def _before_forward(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
+        self._seen = [] if model.training and kwargs.get('mode') == 'loss' else None
+
+    def _after_attention(self, layer: nn.Module, args: tuple, output: tuple) -> None:
+        # Under with_cp a layer runs again in the backward pass, when nobody is listening. A teacher
+        # of the same architecture runs without gradients.
+        if self._seen is not None and layer.training and torch.is_grad_enabled():
+            self._seen.append((output[1], args[1]))
+
+    def _after_forward(
+        self, model: nn.Module, args: tuple, kwargs: dict, losses: object
+    ) -> dict | None:
+        seen, self._seen = self._seen, None
+        if seen is None:
+            return None
+        if not isinstance(losses, dict):
+            raise TypeError(
+                'DiagonalityLossHook needs a model that returns a dict of losses in mode "loss", '
+                f'{type(model).__name__} returned {type(losses).__name__}'
+            )
+        if not seen:
+            raise RuntimeError(
+                f'DiagonalityLossHook: {type(model).__name__} computed its losses without running '
+                'a less-attention layer'
+            )
+        total = sum(diagonality_preserving_loss(*_with_mask(s, grid)) for s, grid in seen)
+        return {**losses, 'loss_dp': self.loss_weight * total / len(seen)}
+
+
+def less_attention_layers(model: nn.Module) -> list[LessAttention]:
+    """The trainable less-attention layers of the LaViTs inside a model.
+
+    Args:
+        model: Any model.
+
+    Returns:
+        The layers.
+
+    Raises:
+        ValueError: If there is no LaViT, or none of its layers is a trainable less-attention layer.
+    """
+    backbones = [m for m in model.modules() if isinstance(m, LaViT)]
+    if not backbones:
+        raise ValueError(
+            'DiagonalityLossHook needs a model with a LaViT backbone; '
+            f'{type(model).__name__} has none'
+        )
+    layers = [m for b in backbones for m in b.modules() if isinstance(m, LessAttention)]
+    if not layers:
+        raise ValueError(
+            'DiagonalityLossHook: the LaViT has no less-attention layer (vanilla_depths equals '
+            'depths in every stage), so there is no loss to add; remove the hook'
+        )
+    trainable = [layer for layer in layers if layer.psi.requires_grad]
+    if not trainable:
+        raise ValueError(
+            'DiagonalityLossHook: every less-attention layer of the LaViT is frozen '
+            '(frozen_stages), so the loss could change nothing; remove the hook'
+        )
+    return trainable
+
+
+def _with_mask(scores: Tensor, grid: WindowGrid) -> tuple[Tensor, Tensor | None]:
+    if not grid.padded:
+        return scores, None
+    valid = grid.valid(scores.device)
+    return scores, valid.repeat(scores.shape[0] // valid.shape[0], 1)

@@ -1,0 +1,179 @@
+"""The grid of windows: sizes, partition, merge, padding, nesting.
+
+Everything here is geometry of a map of tokens; nothing knows what the tokens mean.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def ceil_div(a: int, b: int) -> int:
+    """``a / b`` rounded up, for non-negative ``a`` and positive ``b``."""
+    return -(-a // b)
+
+
+def nesting_ratio(prev_window: int, window: int) -> int:
+    """How many windows of the previous stage lie in one window of the next, per axis.
+
+    A stage halves its token grid, so a window of ``prev_window`` tokens covers ``prev_window / 2``
+    tokens of the next stage. A window there must hold a whole number of them.
+
+    Args:
+        prev_window: Side of the previous stage's windows, in its tokens.
+        window: Side of this stage's windows, in its tokens.
+
+    Returns:
+        ``2 * window / prev_window``, an integer >= 1.
+
+    Raises:
+        ValueError: If the windows do not nest.
+    """
+    if prev_window % 2:
+        raise ValueError(
+            f'window_sizes: {prev_window} is odd, so halving the grid would split a window; '
+            'every window size but the last must be even'
+        )
+    if 2 * window % prev_window:
+        raise ValueError(
+            f'window_sizes: a window of {prev_window} tokens becomes {prev_window // 2} tokens in '
+            f'the next stage, and its window of {window} tokens is not a whole number of those; '
+            f'choose a multiple of {prev_window // 2}'
+        )
+    return 2 * window // prev_window
+
+
+@dataclass(frozen=True)
+class WindowGrid:
+    """Non-overlapping ``window x window`` tiles over a ``height x width`` map of tokens.
+
+    Windows are counted row by row, and so are the ``n = window ** 2`` tokens in each. A map that
+    the window does not divide is padded at the bottom and right; :meth:`valid` tells real tokens
+    from padded ones.
+
+    Args:
+        height: Rows of tokens.
+        width: Columns of tokens.
+        window: Side of a window, in tokens.
+    """
+
+    height: int
+    width: int
+    window: int
+
+    @property
+    def rows(self) -> int:
+        """Windows from top to bottom."""
+        return ceil_div(self.height, self.window)
+
+    @property
+    def cols(self) -> int:
+        """Windows from left to right."""
+        return ceil_div(self.width, self.window)
+
+    @property
+    def pad(self) -> tuple[int, int]:
+        """Rows padded at the bottom and columns padded at the right."""
+        return self.rows * self.window - self.height, self.cols * self.window - self.width
+
+    @property
+    def padded(self) -> bool:
+        """Whether any window holds padded tokens."""
+        return self.pad != (0, 0)
+
+    def partition(self, x: Tensor, num_parts: int, num_heads: int) -> Tensor:
+        """Cut a map into windows and its channels into parts and heads, in one copy.
+
+        Args:
+            x: Map of tokens (B, height, width, num_parts * num_heads * d).
+            num_parts: Equal runs of channels that come apart first (3 for Q, K, V; 1 for V).
+            num_heads: Heads in each part.
+
+        Returns:
+            Tensor (num_parts, B * rows * cols, num_heads, n, d); padded tokens are 0.
+        """
+        bottom, right = self.pad
+        if self.padded:
+            x = F.pad(x, (0, 0, 0, right, 0, bottom))
+        w = self.window
+        x = x.reshape(-1, self.rows, w, self.cols, w, num_parts, num_heads, x.shape[-1] // (num_parts * num_heads))
+        x = x.permute(5, 0, 1, 3, 6, 2, 4, 7)
+        return x.reshape(num_parts, -1, num_heads, w * w, x.shape[-1])
+
+    def merge(self, x: Tensor) -> Tensor:
+        """Put windows back into a map; the inverse of :meth:`partition` on real tokens.
+
+        Args:
+            x: Tensor (B * rows * cols, num_heads, n, d).
+
+        Returns:
+            Map of tokens (B, height, width, num_heads * d), contiguous.
+        """
+        num_heads, d, w = x.shape[1], x.shape[3], self.window
+        x = x.reshape(-1, self.rows, self.cols, num_heads, w, w, d).permute(0, 1, 4, 2, 5, 3, 6)
+        x = x.reshape(-1, self.rows * w, self.cols * w, num_heads * d)
+        return x[:, : self.height, : self.width].contiguous() if self.padded else x
+
+    def valid(self, device: torch.device | str | None = None) -> Tensor:
+        """Which tokens are real.
+
+        Args:
+            device: Where to put the mask.
+
+        Returns:
+            Bool tensor (rows * cols, n), the same for every image of a batch.
+        """
+        w = self.window
+        y = torch.arange(self.rows * w, device=device) < self.height
+        x = torch.arange(self.cols * w, device=device) < self.width
+        mask = y[:, None] & x
+        return mask.view(self.rows, w, self.cols, w).transpose(1, 2).reshape(-1, w * w)
+
+    def nest(self, blocks: Tensor, prev: WindowGrid) -> Tensor:
+        """Place maps of the previous stage's windows into this stage's windows.
+
+        A previous window, halved, is a ``s x s`` part of a new window; its map of pairs is a
+        diagonal block of the new window's map. Pairs that no previous window saw get 0.
+
+        Args:
+            blocks: Maps (B * prev.rows * prev.cols, num_heads, s * s, s * s), ``s = prev.window / 2``.
+            prev: Grid of the previous stage, of which this grid is the halved one.
+
+        Returns:
+            Tensor (B * rows * cols, num_heads, n, n).
+        """
+        r = nesting_ratio(prev.window, self.window)
+        s = prev.window // 2
+        num_heads = blocks.shape[1]
+        blocks = blocks.reshape(-1, prev.rows, prev.cols, num_heads, s, s, s, s)
+        extra_rows, extra_cols = self.rows * r - prev.rows, self.cols * r - prev.cols
+        if extra_rows or extra_cols:
+            blocks = F.pad(blocks, (0,) * 10 + (0, extra_cols, 0, extra_rows))
+        if r == 1:
+            return blocks.reshape(-1, num_heads, s * s, s * s)
+        blocks = blocks.reshape(-1, self.rows, r, self.cols, r, num_heads, s, s, s, s)
+        out = blocks.new_zeros(
+            blocks.shape[0], self.rows, self.cols, num_heads, r, s, r, s, r, s, r, s
+        )
+        for i in range(r):
+            for j in range(r):
+                out[:, :, :, :, i, :, j, :, i, :, j, :] = blocks[:, :, i, :, j]
+        return out.reshape(-1, num_heads, self.window**2, self.window**2)
+
+    def pair_blocks(self, scores: Tensor) -> Tensor:
+        """See each window's map of pairs in 2 x 2 blocks of query tokens and of key tokens.
+
+        Args:
+            scores: Maps (windows, num_heads, n, n); ``window`` must be even.
+
+        Returns:
+            Tensor (windows, num_heads, 4 * n/4, 4 * n/4) with the tokens of both axes in
+            2x2-block order: the four tokens of a block follow each other.
+        """
+        s = self.window // 2
+        x = scores.reshape(*scores.shape[:2], s, 2, s, 2, s, 2, s, 2)
+        return x.permute(0, 1, 2, 4, 3, 5, 6, 8, 7, 9).reshape(scores.shape)
