@@ -84,7 +84,7 @@ class VanillaAttention(WindowAttention):
         """Attend, computing scores from the tokens.
 
         Args:
-            x: Map of tokens (B, H, W, embed_dims).
+            x: Map (B, H, W, embed_dims), padded to whole windows.
             grid: Grid of the windows over that map.
             residual: Scores from the previous stage (windows, heads, n, n), to be added to
                 this layer's own (equation 6).
@@ -134,7 +134,7 @@ class LessAttention(WindowAttention):
         """Attend with transformed scores.
 
         Args:
-            x: Map of tokens (B, H, W, embed_dims).
+            x: Map (B, H, W, embed_dims), padded to whole windows.
             grid: Grid of the windows over that map.
             scores: ``A_{l-1}`` (windows, heads, n, n), 0 at padded pairs.
 
@@ -180,7 +180,8 @@ def mask_keys(scores: Tensor, grid: WindowGrid) -> Tensor:
         Tensor like ``scores``.
     """
     padded = ~grid.valid(scores.device)[:, None, None, :]
-    return _per_image(scores, grid).masked_fill(padded, -math.inf).view(scores.shape)
+    mask = scores.new_zeros(padded.shape).masked_fill(padded, -math.inf)
+    return (per_image(scores, grid) + mask).view(scores.shape)
 
 
 def zero_padded_pairs(scores: Tensor, grid: WindowGrid) -> Tensor:
@@ -193,10 +194,12 @@ def zero_padded_pairs(scores: Tensor, grid: WindowGrid) -> Tensor:
     Returns:
         Tensor like ``scores``.
     """
-    valid = grid.valid(scores.device)[:, None]
-    padded = ~(valid.unsqueeze(-1) & valid.unsqueeze(-2))
-    return _per_image(scores, grid).masked_fill(padded, 0).view(scores.shape)
+    valid = grid.valid(scores.device)[:, None].to(scores.dtype)
+    return (per_image(scores, grid) * (valid.unsqueeze(-1) * valid.unsqueeze(-2))).view(
+        scores.shape
+    )
 
 
-def _per_image(scores: Tensor, grid: WindowGrid) -> Tensor:
-    return scores.view(-1, grid.rows * grid.cols, *scores.shape[1:])
+def per_image(scores: Tensor, grid: WindowGrid) -> Tensor:
+    """Scores with the windows of an image apart from the batch, to meet a mask (windows, ...)."""
+    return scores.unflatten(0, (-1, grid.rows * grid.cols))

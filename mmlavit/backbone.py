@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
-import torch
 from mmengine.logging import print_log
 from mmengine.model import BaseModule
 from mmengine.model.weight_init import trunc_normal_
@@ -160,9 +159,7 @@ class LaViT(BaseModule):
                     attn = VanillaAttention(dims, heads, qkv_bias, attn_drop_rate, drop_rate)
                 else:
                     attn = LessAttention(dims, heads, window, qkv_bias, attn_drop_rate, drop_rate)
-                blocks.append(
-                    Block(dims, attn, arch.mlp_ratios[m], drop_rate, next(drop_paths))
-                )
+                blocks.append(Block(dims, attn, arch.mlp_ratios[m], drop_rate, next(drop_paths)))
             downsample = residual = None
             if m > 0:
                 downsample = PatchEmbed(arch.embed_dims[m - 1], dims, 2)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .attention import LessAttention, VanillaAttention
-from .windows import WindowGrid, ceil_div
+from .windows import WindowGrid, pad_map
+
+# Hidden activations of so many tokens fit the second-level cache of current CPUs.
+TOKENS_AT_A_TIME = 2048
 
 
 class PatchEmbed(nn.Module):
@@ -36,11 +40,7 @@ class PatchEmbed(nn.Module):
         Returns:
             Map of tokens (B, ceil(H / patch), ceil(W / patch), embed_dims).
         """
-        height, width = x.shape[1:3]
-        bottom = ceil_div(height, self.patch) * self.patch - height
-        right = ceil_div(width, self.patch) * self.patch - width
-        if bottom or right:
-            x = F.pad(x, (0, 0, 0, right, 0, bottom))
+        x = pad_map(x, self.patch)
         return self.norm(self.proj(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
 
 
@@ -114,9 +114,7 @@ class Block(nn.Module):
         self.mlp = MLP(embed_dims, int(embed_dims * mlp_ratio), drop_rate)
         self.drop_path = DropPath(drop_path_rate)
 
-    def forward(
-        self, x: Tensor, grid: WindowGrid, scores: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, grid: WindowGrid, scores: Tensor | None) -> tuple[Tensor, Tensor]:
         """Run the layer.
 
         Args:
@@ -128,7 +126,25 @@ class Block(nn.Module):
         Returns:
             The new map and the layer's scores (windows, heads, n, n).
         """
-        x = x + self.pos_conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-        z, scores = self.attn(self.norm1(x), grid, scores)
-        x = x + self.drop_path(z)
-        return x + self.drop_path(self.mlp(self.norm2(x))), scores
+        x = self.add_position(x)
+        z, scores = self.attn(grid.pad(self.norm1(x)), grid, scores)
+        x = (x + self.drop_path(grid.crop(z))).contiguous()
+        if self.training or torch.is_grad_enabled() or is_traced():
+            return x + self.drop_path(self.mlp(self.norm2(x))), scores
+        # The same in place, a few tokens at a time: their hidden activations stay in the cache.
+        for tokens in x.view(-1, x.shape[-1]).split(TOKENS_AT_A_TIME):
+            tokens += self.mlp(self.norm2(tokens))
+        return x, scores
+
+    def add_position(self, x: Tensor) -> Tensor:
+        """``x + conv(x)`` over the map (B, H, W, C), with the shortcut inside the kernel."""
+        shortcut = F.pad(self.pos_conv.weight.new_ones(1, 1, 1, 1), (1, 1, 1, 1))
+        weight = self.pos_conv.weight + shortcut
+        x = x.permute(0, 3, 1, 2)
+        x = F.conv2d(x, weight, self.pos_conv.bias, padding=1, groups=x.shape[1])
+        return x.permute(0, 2, 3, 1)
+
+
+def is_traced() -> bool:
+    """Whether the code is being recorded rather than run, when sizes must not become constants."""
+    return torch.jit.is_tracing() or torch.compiler.is_compiling()

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .arch import ARCHS, Arch
+from .arch import ARCHS
 
 _BLOCK = re.compile(r'stages\.(\d+)\.blocks\.\d+\.attn\.(qkv|v)\.weight')
 
@@ -28,7 +28,7 @@ def observed_arch(weights: Mapping[str, Tensor]) -> dict[str, tuple]:
         weights: A LaViT's weights under their own names.
 
     Returns:
-        The fields of :class:`Arch`, with a value for each stage that the weights hold.
+        The fields of :class:`mmlavit.arch.Arch`, with a value for each stage that the weights hold.
         ``num_heads`` is absent from a single stage, whose weights do not show it.
     """
     kinds = defaultdict(list)
@@ -151,10 +151,11 @@ def fit_windows(weights: dict[str, Tensor], own: Mapping[str, Tensor]) -> list[s
     """
     resized = []
     for name, weight in own.items():
-        if name.endswith(('.psi', '.theta')) and name in weights:
-            if weights[name].shape != weight.shape:
-                weights[name] = resize_window_weight(weights[name], math.isqrt(weight.shape[0]))
-                resized.append(name)
+        if not name.endswith(('.psi', '.theta')) or name not in weights:
+            continue
+        if weights[name].shape != weight.shape:
+            weights[name] = resize_window_weight(weights[name], math.isqrt(weight.shape[0]))
+            resized.append(name)
     return resized
 
 

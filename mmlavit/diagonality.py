@@ -75,9 +75,9 @@ class DiagonalityLossHook(Hook):
 
     While the model computes its losses in training, the hook notes the scores of each
     less-attention layer and adds ``loss_dp`` to the dict of losses that the model returns: the mean
-    of :func:`diagonality_preserving_loss` over those layers, times ``loss_weight``. From there on it
-    is a loss like any other: summed, scaled by AMP, accumulated, reduced by DDP, logged. Layers in
-    frozen stages do not count. Nothing runs in validation and test.
+    of :func:`diagonality_preserving_loss` over those layers, times ``loss_weight``. From there on
+    it is a loss like any other: summed, scaled by AMP, accumulated, reduced by DDP, logged. Layers
+    in frozen stages do not count. Nothing runs in validation and test.
 
     Args:
         loss_weight: Factor of the loss; the paper adds it as it is. Defaults to 1.

@@ -17,6 +17,20 @@ def ceil_div(a: int, b: int) -> int:
     return -(-a // b)
 
 
+def pad_map(x: Tensor, multiple: int) -> Tensor:
+    """Zero-pad a map at the bottom and right to whole multiples.
+
+    Args:
+        x: Map (B, H, W, C).
+        multiple: What the sides become multiples of.
+
+    Returns:
+        Map (B, H', W', C); ``x`` itself where nothing is missing.
+    """
+    bottom, right = (ceil_div(side, multiple) * multiple - side for side in x.shape[1:3])
+    return F.pad(x, (0, 0, 0, right, 0, bottom)) if bottom or right else x
+
+
 def nesting_ratio(prev_window: int, window: int) -> int:
     """How many windows of the previous stage lie in one window of the next, per axis.
 
@@ -76,47 +90,60 @@ class WindowGrid:
         return ceil_div(self.width, self.window)
 
     @property
-    def pad(self) -> tuple[int, int]:
-        """Rows padded at the bottom and columns padded at the right."""
-        return self.rows * self.window - self.height, self.cols * self.window - self.width
-
-    @property
     def padded(self) -> bool:
         """Whether any window holds padded tokens."""
-        return self.pad != (0, 0)
+        return (self.rows * self.window, self.cols * self.window) != (self.height, self.width)
 
-    def partition(self, x: Tensor, num_parts: int, num_heads: int) -> Tensor:
-        """Cut a map into windows and its channels into parts and heads, in one copy.
+    def pad(self, x: Tensor) -> Tensor:
+        """Fill the last windows up with zeros.
 
         Args:
-            x: Map of tokens (B, height, width, num_parts * num_heads * d).
+            x: Map of tokens (B, height, width, C).
+
+        Returns:
+            Map (B, rows * window, cols * window, C); ``x`` itself where nothing is missing.
+        """
+        return pad_map(x, self.window) if self.padded else x
+
+    def crop(self, x: Tensor) -> Tensor:
+        """Undo :meth:`pad`.
+
+        Args:
+            x: Map (B, rows * window, cols * window, C).
+
+        Returns:
+            Map of tokens (B, height, width, C), a view.
+        """
+        return x[:, : self.height, : self.width] if self.padded else x
+
+    def partition(self, x: Tensor, num_parts: int, num_heads: int) -> Tensor:
+        """Cut a padded map into windows and its channels into parts and heads, in one copy.
+
+        Args:
+            x: Map (B, rows * window, cols * window, num_parts * num_heads * d).
             num_parts: Equal runs of channels that come apart first (3 for Q, K, V; 1 for V).
             num_heads: Heads in each part.
 
         Returns:
-            Tensor (num_parts, B * rows * cols, num_heads, n, d); padded tokens are 0.
+            Tensor (num_parts, B * rows * cols, num_heads, n, d).
         """
-        bottom, right = self.pad
-        if self.padded:
-            x = F.pad(x, (0, 0, 0, right, 0, bottom))
-        w = self.window
-        x = x.reshape(-1, self.rows, w, self.cols, w, num_parts, num_heads, x.shape[-1] // (num_parts * num_heads))
+        w, d = self.window, x.shape[-1] // (num_parts * num_heads)
+        x = x.reshape(-1, self.rows, w, self.cols, w, num_parts, num_heads, d)
         x = x.permute(5, 0, 1, 3, 6, 2, 4, 7)
-        return x.reshape(num_parts, -1, num_heads, w * w, x.shape[-1])
+        return x.reshape(num_parts, -1, num_heads, w * w, d)
 
     def merge(self, x: Tensor) -> Tensor:
-        """Put windows back into a map; the inverse of :meth:`partition` on real tokens.
+        """Put windows and heads back into a padded map; the inverse of :meth:`partition`.
 
         Args:
             x: Tensor (B * rows * cols, num_heads, n, d).
 
         Returns:
-            Map of tokens (B, height, width, num_heads * d), contiguous.
+            Map (B, rows * window, cols * window, num_heads * d).
         """
         num_heads, d, w = x.shape[1], x.shape[3], self.window
         x = x.reshape(-1, self.rows, self.cols, num_heads, w, w, d).permute(0, 1, 4, 2, 5, 3, 6)
-        x = x.reshape(-1, self.rows * w, self.cols * w, num_heads * d)
-        return x[:, : self.height, : self.width].contiguous() if self.padded else x
+        return x.reshape(-1, self.rows * w, self.cols * w, num_heads * d)
 
     def valid(self, device: torch.device | str | None = None) -> Tensor:
         """Which tokens are real.
@@ -140,7 +167,8 @@ class WindowGrid:
         diagonal block of the new window's map. Pairs that no previous window saw get 0.
 
         Args:
-            blocks: Maps (B * prev.rows * prev.cols, num_heads, s * s, s * s), ``s = prev.window / 2``.
+            blocks: Maps (B * prev.rows * prev.cols, num_heads, s * s, s * s) with
+                ``s = prev.window / 2``.
             prev: Grid of the previous stage, of which this grid is the halved one.
 
         Returns:

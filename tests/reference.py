@@ -27,13 +27,13 @@ EPS = 1e-6
 
 def sub(state_dict: Weights, prefix: str) -> dict[str, Tensor]:
     """The weights below `prefix`, named without it: sub(d, 'attn')['proj.bias']."""
-    start = prefix + "."
+    start = prefix + '.'
     return {k[len(start) :]: v for k, v in state_dict.items() if k.startswith(start)}
 
 
 def count(state_dict: Weights, prefix: str) -> int:
     """How many numbered children `prefix` has."""
-    return len({key.split(".")[0] for key in sub(state_dict, prefix)})
+    return len({key.split('.')[0] for key in sub(state_dict, prefix)})
 
 
 # ---- The looped reference: one image, tokens as (H, W, D) ---------------------------------------
@@ -90,7 +90,7 @@ def vanilla_attention(
     """
     height, width, dim = x.shape
     d = dim // num_heads
-    qkv = F.linear(x, weights["qkv.weight"], weights.get("qkv.bias"))
+    qkv = F.linear(x, weights['qkv.weight'], weights.get('qkv.bias'))
     q, k, v = qkv[..., :dim], qkv[..., dim : 2 * dim], qkv[..., 2 * dim :]
 
     scores = {}
@@ -109,7 +109,7 @@ def vanilla_attention(
             scores[win, head] = a
 
     z = attend(scores, v, num_heads, window)
-    return F.linear(z, weights["proj.weight"], weights["proj.bias"]), scores
+    return F.linear(z, weights['proj.weight'], weights['proj.bias']), scores
 
 
 def less_attention(
@@ -122,8 +122,8 @@ def less_attention(
     x: (H, W, D). Returns the projected Z (H, W, D) and A_l.
     """
     height, width, _ = x.shape
-    psi, theta = weights["psi"], weights["theta"]
-    v = F.linear(x, weights["v.weight"], weights.get("v.bias"))
+    psi, theta = weights['psi'], weights['theta']
+    v = F.linear(x, weights['v.weight'], weights.get('v.bias'))
 
     scores = {}
     for win in windows_of(height, width, window):
@@ -138,7 +138,7 @@ def less_attention(
             scores[win, head] = a
 
     z = attend(scores, v, num_heads, window)
-    return F.linear(z, weights["proj.weight"], weights["proj.bias"]), scores
+    return F.linear(z, weights['proj.weight'], weights['proj.bias']), scores
 
 
 def attention_residual(
@@ -157,8 +157,8 @@ def attention_residual(
     grid: (H, W) of the new stage. Raises ValueError where the windows do not nest.
     """
     if prev_window % 2 or 2 * window % prev_window:
-        raise ValueError(f"windows do not nest: {prev_window} then {window}")
-    dwconv, pwconv, scale = (weights[k] for k in ("dwconv.weight", "pwconv.weight", "layer_scale"))
+        raise ValueError(f'windows do not nest: {prev_window} then {window}')
+    dwconv, pwconv, scale = (weights[k] for k in ('dwconv.weight', 'pwconv.weight', 'layer_scale'))
     heads_out, heads_in = pwconv.shape[:2]
     block2x2 = [(a, b) for a in (0, 1) for b in (0, 1)]
 
@@ -192,13 +192,13 @@ def attention_residual(
 
 def layer_norm(x: Tensor, weights: Weights) -> Tensor:
     """LayerNorm over the last axis."""
-    return F.layer_norm(x, x.shape[-1:], weights["weight"], weights["bias"], EPS)
+    return F.layer_norm(x, x.shape[-1:], weights['weight'], weights['bias'], EPS)
 
 
 def conv(x: Tensor, weights: Weights, **options: int) -> Tensor:
     """A convolution of tokens: (H, W, D) -> (H', W', D')."""
     channels_first = x.permute(2, 0, 1)[None]
-    out = F.conv2d(channels_first, weights["weight"], weights["bias"], **options)
+    out = F.conv2d(channels_first, weights['weight'], weights['bias'], **options)
     return out[0].permute(1, 2, 0)
 
 
@@ -225,20 +225,20 @@ def block(
     Vanilla attention where the weights hold attn.qkv.weight (it takes `residual`), less-attention
     otherwise (it takes `prev_scores`). Returns x and the scores of this block.
     """
-    x = x + conv(x, sub(weights, "pos_conv"), padding=1, groups=x.shape[-1])
+    x = x + conv(x, sub(weights, 'pos_conv'), padding=1, groups=x.shape[-1])
 
-    normed = layer_norm(x, sub(weights, "norm1"))
-    attn = sub(weights, "attn")
-    if "qkv.weight" in attn:
+    normed = layer_norm(x, sub(weights, 'norm1'))
+    attn = sub(weights, 'attn')
+    if 'qkv.weight' in attn:
         z, scores = vanilla_attention(normed, attn, num_heads, window, residual)
     else:
         z, scores = less_attention(normed, prev_scores, attn, num_heads, window)
     x = x + z
 
-    mlp = sub(weights, "mlp")
-    hidden = layer_norm(x, sub(weights, "norm2"))
-    hidden = F.gelu(F.linear(hidden, mlp["fc1.weight"], mlp["fc1.bias"]))
-    return x + F.linear(hidden, mlp["fc2.weight"], mlp["fc2.bias"]), scores
+    mlp = sub(weights, 'mlp')
+    hidden = layer_norm(x, sub(weights, 'norm2'))
+    hidden = F.gelu(F.linear(hidden, mlp['fc1.weight'], mlp['fc1.bias']))
+    return x + F.linear(hidden, mlp['fc2.weight'], mlp['fc2.bias']), scores
 
 
 def lavit_one_image(
@@ -246,28 +246,28 @@ def lavit_one_image(
 ) -> list[Tensor]:
     """The backbone on one image (C, H, W). Returns (D_m, H_m, W_m) for each stage m with a norm."""
     x = pad_to_multiple(image.permute(1, 2, 0), 4)
-    x = conv(x, sub(state_dict, "patch_embed.proj"), stride=4)
-    x = layer_norm(x, sub(state_dict, "patch_embed.norm"))
+    x = conv(x, sub(state_dict, 'patch_embed.proj'), stride=4)
+    x = layer_norm(x, sub(state_dict, 'patch_embed.norm'))
 
     outputs = []
     scores = None
-    for m in range(count(state_dict, "stages")):
-        stage = sub(state_dict, f"stages.{m}")
+    for m in range(count(state_dict, 'stages')):
+        stage = sub(state_dict, f'stages.{m}')
         heads, window = num_heads[m], window_sizes[m]
         residual = None
         if m > 0:
-            x = conv(pad_to_multiple(x, 2), sub(stage, "downsample.proj"), stride=2)
-            x = layer_norm(x, sub(stage, "downsample.norm"))
-            to_residual = sub(stage, "attention_residual")
+            x = conv(pad_to_multiple(x, 2), sub(stage, 'downsample.proj'), stride=2)
+            x = layer_norm(x, sub(stage, 'downsample.norm'))
+            to_residual = sub(stage, 'attention_residual')
             grid = (x.shape[0], x.shape[1])
             residual = attention_residual(scores, to_residual, window_sizes[m - 1], window, grid)
 
-        for i in range(count(stage, "blocks")):
+        for i in range(count(stage, 'blocks')):
             first = residual if i == 0 else None
-            x, scores = block(x, scores, sub(stage, f"blocks.{i}"), heads, window, first)
+            x, scores = block(x, scores, sub(stage, f'blocks.{i}'), heads, window, first)
 
-        if f"norm{m}.weight" in state_dict:
-            outputs.append(layer_norm(x, sub(state_dict, f"norm{m}")).permute(2, 0, 1))
+        if f'norm{m}.weight' in state_dict:
+            outputs.append(layer_norm(x, sub(state_dict, f'norm{m}')).permute(2, 0, 1))
     return outputs
 
 
@@ -295,35 +295,35 @@ def whole_attention_residual(scores: Tensor, weights: Weights, grid: tuple[int, 
     batch, heads, n, _ = scores.shape
     h, w = grid[0] // 2, grid[1] // 2
     image = scores.reshape(batch, heads, h, 2, w, 2, h, 2, w, 2)
-    kernel = weights["dwconv.weight"].reshape(heads, 2, 2, 2, 2)
-    down = torch.einsum("nhyaxbYAXB,habAB->nhyxYX", image, kernel)
-    mixed = torch.einsum("oh,nhyxYX->noyxYX", weights["pwconv.weight"][:, :, 0, 0], down)
+    kernel = weights['dwconv.weight'].reshape(heads, 2, 2, 2, 2)
+    down = torch.einsum('nhyaxbYAXB,habAB->nhyxYX', image, kernel)
+    mixed = torch.einsum('oh,nhyxYX->noyxYX', weights['pwconv.weight'][:, :, 0, 0], down)
     residual = mixed.reshape(batch, -1, n // 4, n // 4)
-    return weights["layer_scale"][:, None, None] * residual
+    return weights['layer_scale'][:, None, None] * residual
 
 
 def whole_attention(
     x: Tensor, prev: Tensor | None, weights: Weights, num_heads: int, residual: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Eq. 4 (with qkv.weight) or eq. 5: x (B, N, D) -> the projected Z and A (B, heads, N, N)."""
-    if "qkv.weight" in weights:
-        qkv = F.linear(x, weights["qkv.weight"], weights.get("qkv.bias"))
+    if 'qkv.weight' in weights:
+        qkv = F.linear(x, weights['qkv.weight'], weights.get('qkv.bias'))
         q, k, v = (part.unflatten(-1, (num_heads, -1)) for part in qkv.chunk(3, dim=-1))
-        a = torch.einsum("nihd,njhd->nhij", q, k) * q.shape[-1] ** -0.5
+        a = torch.einsum('nihd,njhd->nhij', q, k) * q.shape[-1] ** -0.5
         if residual is not None:
             a = a + residual
     else:
-        v = F.linear(x, weights["v.weight"], weights.get("v.bias")).unflatten(-1, (num_heads, -1))
-        a = F.linear(F.linear(prev, weights["theta"]).mT, weights["psi"]).mT  # Psi(Theta(A)^T)^T
-    z = torch.einsum("nhij,njhd->nihd", a.softmax(-1), v).flatten(2)
-    return z @ weights["proj.weight"].T + weights["proj.bias"], a
+        v = F.linear(x, weights['v.weight'], weights.get('v.bias')).unflatten(-1, (num_heads, -1))
+        a = F.linear(F.linear(prev, weights['theta']).mT, weights['psi']).mT  # Psi(Theta(A)^T)^T
+    z = torch.einsum('nhij,njhd->nihd', a.softmax(-1), v).flatten(2)
+    return z @ weights['proj.weight'].T + weights['proj.bias'], a
 
 
 def whole_norm(x: Tensor, weights: Weights) -> Tensor:
     """LayerNorm over the last axis, by its definition."""
     centred = x - x.mean(-1, keepdim=True)
     variance = centred.square().mean(-1, keepdim=True)
-    return centred / (variance + EPS).sqrt() * weights["weight"] + weights["bias"]
+    return centred / (variance + EPS).sqrt() * weights['weight'] + weights['bias']
 
 
 def lavit_whole_image(image: Tensor, state_dict: Weights, num_heads: Sequence[int]) -> list[Tensor]:
@@ -332,44 +332,44 @@ def lavit_whole_image(image: Tensor, state_dict: Weights, num_heads: Sequence[in
     Returns what `lavit` returns for windows that cover the whole grids. Raises ValueError where
     a side is no multiple of 4, or a grid with a stage after it is odd: the paper has no padding.
     """
-    stages = count(state_dict, "stages")
+    stages = count(state_dict, 'stages')
     multiple = 2 ** (stages + 1)
     if image.shape[-2] % multiple or image.shape[-1] % multiple:
-        raise ValueError(f"{stages} stages need sides that {multiple} divides, got {image.shape}")
+        raise ValueError(f'{stages} stages need sides that {multiple} divides, got {image.shape}')
 
     def embed(maps: Tensor, prefix: str, stride: int) -> tuple[Tensor, tuple[int, int]]:
-        proj = sub(state_dict, f"{prefix}.proj")
-        maps = F.conv2d(maps, proj["weight"], proj["bias"], stride=stride)
+        proj = sub(state_dict, f'{prefix}.proj')
+        maps = F.conv2d(maps, proj['weight'], proj['bias'], stride=stride)
         tokens = maps.flatten(2).mT
-        return whole_norm(tokens, sub(state_dict, f"{prefix}.norm")), maps.shape[-2:]
+        return whole_norm(tokens, sub(state_dict, f'{prefix}.norm')), maps.shape[-2:]
 
     outputs = []
-    x, grid = embed(image, "patch_embed", 4)
+    x, grid = embed(image, 'patch_embed', 4)
     a = None
     for m in range(stages):
         residual = None
         if m > 0:
-            to_residual = sub(state_dict, f"stages.{m}.attention_residual")
+            to_residual = sub(state_dict, f'stages.{m}.attention_residual')
             residual = whole_attention_residual(a, to_residual, grid)
-            x, grid = embed(x.mT.unflatten(-1, grid), f"stages.{m}.downsample", 2)
+            x, grid = embed(x.mT.unflatten(-1, grid), f'stages.{m}.downsample', 2)
 
-        for i in range(count(state_dict, f"stages.{m}.blocks")):
-            w = sub(state_dict, f"stages.{m}.blocks.{i}")
+        for i in range(count(state_dict, f'stages.{m}.blocks')):
+            w = sub(state_dict, f'stages.{m}.blocks.{i}')
             maps = x.mT.unflatten(-1, grid)
-            kernel, bias = w["pos_conv.weight"], w["pos_conv.bias"]
+            kernel, bias = w['pos_conv.weight'], w['pos_conv.bias']
             position = F.conv2d(maps, kernel, bias, padding=1, groups=maps.shape[1])
             x = x + position.flatten(2).mT
 
-            normed = whole_norm(x, sub(w, "norm1"))
-            z, a = whole_attention(normed, a, sub(w, "attn"), num_heads[m], residual)
+            normed = whole_norm(x, sub(w, 'norm1'))
+            z, a = whole_attention(normed, a, sub(w, 'attn'), num_heads[m], residual)
             residual = None
             x = x + z
 
-            hidden = whole_norm(x, sub(w, "norm2")) @ w["mlp.fc1.weight"].T + w["mlp.fc1.bias"]
+            hidden = whole_norm(x, sub(w, 'norm2')) @ w['mlp.fc1.weight'].T + w['mlp.fc1.bias']
             hidden = hidden * (1 + torch.erf(hidden / math.sqrt(2))) / 2  # GELU, exact
-            x = x + hidden @ w["mlp.fc2.weight"].T + w["mlp.fc2.bias"]
+            x = x + hidden @ w['mlp.fc2.weight'].T + w['mlp.fc2.bias']
 
-        if f"norm{m}.weight" in state_dict:
-            normed = whole_norm(x, sub(state_dict, f"norm{m}"))
+        if f'norm{m}.weight' in state_dict:
+            normed = whole_norm(x, sub(state_dict, f'norm{m}'))
             outputs.append(normed.mT.unflatten(-1, grid))
     return outputs

@@ -1,0 +1,3 @@
+_base_ = './maskrcnn_lavit_s_coco.py'
+
+model = dict(backbone=dict(arch='base', drop_path_rate=0.3))

@@ -1,0 +1,77 @@
+"""What the packages around mmlavit get wrong, and what it says when one is missing."""
+
+import importlib
+import sys
+
+import torch
+
+# torchvision registers "fake" kernels for these two on import, whether or not its compiled
+# library, which declares them, could be loaded. The schemas are torchvision's own.
+_TORCHVISION_SCHEMAS = (
+    'nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor',
+    'qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor',
+)
+_TORCHVISION_SYMPTOM = 'operator torchvision::nms does not exist'
+
+# A declaration lives as long as its Library object does.
+_declarations: list[torch.library.Library] = []
+
+
+def require_mmengine() -> None:
+    """Import MMEngine, or say in one line how to get it.
+
+    Two distributions provide the import name `mmengine`, and installing one over the other
+    corrupts both, so mmlavit depends on neither and the user chooses.
+
+    Raises:
+        ImportError: MMEngine is not installed.
+    """
+    try:
+        importlib.import_module('mmengine')
+    except ModuleNotFoundError as error:
+        if error.name != 'mmengine':
+            raise
+        raise ImportError(
+            'mmlavit needs MMEngine, which two distributions provide; install one of them: '
+            "onedl-mmengine (maintained; pip install 'mmlavit[onedl]' brings the toolboxes too) or "
+            "mmengine (the original name; pip install 'mmlavit[openmmlab]')",
+            name='mmengine',
+        ) from None
+
+
+def repair_torchvision() -> bool:
+    """Make `import torchvision` work beside a torch that it was not compiled for.
+
+    PyPI's torchvision cannot load its compiled operators beside a CPU-only torch, and then fails
+    on import while it describes operators that nobody declared; mmdet and mmpretrain fail with it,
+    although neither uses them here. Declaring the two operators first cures the import; calling
+    them still raises torchvision's own error.
+
+    An import that fails is the only sure sign (a declaration that is made before a healthy
+    torchvision loads its library would clash with it), so this imports torchvision. An ImportError
+    is left for whoever needs torchvision to meet; any other error is passed on.
+
+    Returns:
+        True if torchvision was broken in this way and is now imported.
+    """
+    if 'torchvision' in sys.modules:
+        return False
+    try:
+        importlib.import_module('torchvision')
+    except ImportError:
+        return False
+    except RuntimeError as error:
+        if _TORCHVISION_SYMPTOM not in str(error):
+            raise
+    else:
+        return False
+
+    # The failed import leaves its submodules behind.
+    for name in [name for name in sys.modules if name.startswith('torchvision.')]:
+        del sys.modules[name]
+    library = torch.library.Library('torchvision', 'FRAGMENT')
+    for schema in _TORCHVISION_SCHEMAS:
+        library.define(schema)
+    _declarations.append(library)
+    importlib.import_module('torchvision')
+    return True

@@ -1,0 +1,150 @@
+"""Handing a config to the script of the package that it was written for."""
+
+from __future__ import annotations
+
+import re
+import runpy
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import NoReturn
+
+from .compat import repair_torchvision
+
+# The packages whose scripts we hand over to, under the name that configs call their scope, and the
+# distributions that provide them, maintained and original.
+PACKAGES = {
+    'mmdet': ('onedl-mmdetection', 'mmdet'),
+    'mmseg': ('onedl-mmsegmentation', 'mmsegmentation'),
+    'mmpretrain': ('onedl-mmpretrain', 'mmpretrain'),
+}
+_CONFIG_SUFFIXES = ('.py', '.json', '.yaml', '.yml')
+
+
+class LaunchError(Exception):
+    """What keeps a script from being found; its text is one line for the user."""
+
+
+def find_config(argv: list[str]) -> Path | None:
+    """The config among command-line arguments: the first that looks like a config file.
+
+    Args:
+        argv: Arguments of ``train.py`` or ``test.py``, without the script's own name.
+
+    Returns:
+        Its path, or None.
+    """
+    for arg in argv:
+        if arg.endswith(_CONFIG_SUFFIXES) and '=' not in arg and not arg.startswith('-'):
+            return Path(arg)
+    return None
+
+
+def read_scope(config: Path) -> str:
+    """Read the ``default_scope`` of a config.
+
+    Args:
+        config: Path of the config.
+
+    Returns:
+        ``'mmdet'``, ``'mmseg'`` or ``'mmpretrain'``.
+
+    Raises:
+        LaunchError: If the file is missing or unreadable, or says no scope that we know.
+    """
+    from mmengine.config import Config
+
+    if not config.is_file():
+        raise LaunchError(f'config file not found: {config}')
+    for package in re.findall(r"['\"](\w+)::", config.read_text(encoding='utf-8')):
+        require_package(package)
+    try:
+        scope = Config.fromfile(config).get('default_scope')
+    except Exception as error:
+        reason = ' '.join(str(error).split()) or type(error).__name__
+        raise LaunchError(f'cannot read {config}: {reason}') from error
+    if scope not in PACKAGES:
+        raise LaunchError(
+            f'{config} has default_scope = {scope!r}; it must be one of {list(PACKAGES)}, for '
+            "example by inheriting from 'mmdet::_base_/default_runtime.py'"
+        )
+    return scope
+
+
+def require_package(package: str) -> None:
+    """Make sure that a toolbox is installed.
+
+    Args:
+        package: Import name.
+
+    Raises:
+        LaunchError: If it is not.
+    """
+    if find_spec(package) is None:
+        names = ' or '.join(PACKAGES.get(package, (package,)))
+        raise LaunchError(f'this config needs {package}, which is not installed; install {names}')
+
+
+def find_script(name: str, argv: list[str]) -> Path:
+    """The installed package's own script for the config on a command line.
+
+    Without a config (as in ``--help``) the first installed package's script answers.
+
+    Args:
+        name: ``'train.py'`` or ``'test.py'``.
+        argv: Arguments of the script.
+
+    Returns:
+        Path of the script.
+
+    Raises:
+        LaunchError: If there is none; the text says why.
+    """
+    config = find_config(argv)
+    if config is None:
+        package = next((p for p in PACKAGES if find_spec(p)), None)
+        if package is None:
+            raise LaunchError(
+                f"none of {list(PACKAGES)} is installed; pip install 'mmlavit[onedl]' brings them"
+            )
+    else:
+        package = read_scope(config)
+        require_package(package)
+    script = Path(find_spec(package).origin).parent / '.mim' / 'tools' / name
+    if not script.is_file():
+        raise LaunchError(
+            f'{package} is installed without its tools ({script} is missing); install it with pip '
+            'from its wheel or sdist'
+        )
+    return script
+
+
+def main(name: str) -> None:
+    """Run the installed package's ``name`` with this process's arguments, as if called directly.
+
+    Args:
+        name: ``'train.py'`` or ``'test.py'``.
+    """
+    try:
+        script = find_script(name, sys.argv[1:])
+    except LaunchError as error:
+        _fail(str(error))
+    repair_torchvision()
+    try:
+        runpy.run_path(str(script), run_name='__main__')
+    except FileNotFoundError as error:
+        # Data or a checkpoint that is not there. MMEngine's original build function drops
+        # `filename`, and a data loader's worker sends a whole traceback, which is left as it is.
+        found = error.filename or re.search(r"No such file or directory: '([^'\n]+)'\Z", str(error))
+        if not found:
+            raise
+        path = found if isinstance(found, str) else found[1]
+        _fail(
+            f'file not found: {path} (looked for in {Path.cwd()}); if it belongs to a data set, '
+            'README.md, section "Data", says how to get it and where it goes'
+        )
+
+
+def _fail(message: str) -> NoReturn:
+    print(f'mmlavit: {message}', file=sys.stderr)
+    sys.exit(2)

@@ -1,0 +1,474 @@
+"""The whole backbone: against both references, its options, its limits."""
+
+import inspect
+import math
+
+import pytest
+import reference
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from mmengine.analysis import get_model_complexity_info
+from small import ARCH, images, seeded, small_lavit
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from mmlavit import ARCHS, LaViT
+from mmlavit import windows as windows_module
+from mmlavit.attention import LessAttention
+from mmlavit.block import DropPath
+from mmlavit.windows import WindowGrid
+
+STRIDES = (4, 8, 16, 32)
+
+
+def assert_maps(ours, theirs, tol):
+    assert len(ours) == len(theirs)
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=tol)
+
+
+# ---- Against the references ----------------------------------------------------------------------
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('dtype, tol', [(torch.float64, 1e-10), (torch.float32, 1e-5)])
+@pytest.mark.parametrize(
+    'window_sizes, size',
+    [
+        ((8, 8, 8, 8), (64, 64)),
+        ((8, 8, 8, 8), (37, 50)),
+        ((8, 8, 8, 8), (5, 90)),
+        ((14, 14, 14, 7), (56, 56)),
+        ((14, 14, 14, 7), (61, 43)),
+        ((4, 8, 8, 4), (33, 47)),
+        ((2, 4, 6, 3), (21, 30)),
+    ],
+)
+@pytest.mark.parametrize('out_indices', [(0, 1), (0, 1, 2, 3)])
+def test_forward_is_the_naive_reference(window_sizes, size, out_indices, dtype, tol):
+    model = small_lavit(window_sizes=window_sizes, out_indices=out_indices).to(dtype)
+    x = images(2, 3, *size).to(dtype)
+    expected = reference.lavit(x, model.state_dict(), ARCH['num_heads'], window_sizes)
+    assert_maps(model(x), expected, tol)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('vanilla_depths', [(2, 2, 3, 2), (1, 2, 2, 1)])
+def test_other_mixes_of_layers_are_the_reference_too(vanilla_depths):
+    model = small_lavit(arch={**ARCH, 'vanilla_depths': vanilla_depths}, qkv_bias=False)
+    x = images(1, 3, 45, 70)
+    expected = reference.lavit(x, model.state_dict(), ARCH['num_heads'], (8, 8, 8, 8))
+    assert_maps(model(x), expected, 1e-10)
+
+
+@torch.no_grad()
+def test_windows_over_the_whole_image_are_the_paper_to_the_letter():
+    model = small_lavit(window_sizes=(16, 8, 4, 2))
+    x = images(2, 3, 64, 64)
+    expected = reference.lavit_whole_image(x, model.state_dict(), ARCH['num_heads'])
+    assert_maps(model(x), expected, 1e-10)
+
+
+def test_gradients_are_those_of_the_reference():
+    model = small_lavit(out_indices=(0, 1))
+    x = images(1, 3, 40, 24)
+    weights = {k: v.detach().clone().requires_grad_() for k, v in model.state_dict().items()}
+    theirs = reference.lavit(x, weights, ARCH['num_heads'], (8, 8, 8, 8))
+    ours = model(x)
+    factors = [images(*m.shape, seed=i) for i, m in enumerate(ours)]
+    sum((m * f).sum() for m, f in zip(ours, factors, strict=True)).backward()
+    sum((m * f).sum() for m, f in zip(theirs, factors, strict=True)).backward()
+    for name, parameter in model.named_parameters():
+        expected = weights[name].grad
+        torch.testing.assert_close(parameter.grad, expected, rtol=1e-8, atol=1e-10, msg=name)
+
+
+# ---- Padding, batches, sizes ---------------------------------------------------------------------
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('size', [(37, 50), (100, 36), (4, 4)])
+def test_what_stands_at_padded_positions_changes_nothing(size, monkeypatch):
+    model = small_lavit()
+    x = images(2, 3, *size)
+    expected = model(x)
+    poisoned = []
+
+    def pad(grid: WindowGrid, x: Tensor) -> Tensor:
+        out = x.new_full(
+            (len(x), grid.rows * grid.window, grid.cols * grid.window, x.shape[3]), 1e4
+        )
+        out[:, : grid.height, : grid.width] = x
+        poisoned.append(grid.padded)
+        return out
+
+    class PoisonedPad:
+        """Also the windows that `nest` adds to make up whole new windows."""
+
+        def __getattr__(self, name: str):
+            return getattr(F, name)
+
+        @staticmethod
+        def pad(x: Tensor, amounts: tuple[int, ...]) -> Tensor:
+            return F.pad(x, amounts, value=1e4 if x.ndim == 8 else 0.0)
+
+    monkeypatch.setattr(WindowGrid, 'pad', pad)
+    monkeypatch.setattr(windows_module, 'F', PoisonedPad())
+    assert_maps(model(x), expected, 1e-12)
+    assert any(poisoned)
+
+
+@torch.no_grad()
+def test_an_image_does_not_see_its_batch_mates():
+    model = small_lavit()
+    x = images(3, 3, 52, 41)
+    x[0] *= 1e3
+    x[2] = 0
+    for i, alone in enumerate(x.split(1)):
+        assert_maps([m[i : i + 1] for m in model(x)], model(alone), 1e-10)
+
+
+SIZE_MODEL = LaViT({**ARCH, 'depths': (1, 2, 2, 2), 'vanilla_depths': (1, 1, 1, 1)})
+
+
+@settings(max_examples=30, deadline=None, print_blob=True)
+@given(st.integers(1, 300), st.integers(1, 300), st.integers(1, 2), st.booleans())
+def test_any_size_in_training_and_evaluation(height, width, batch, training):
+    SIZE_MODEL.train(training)
+    x = torch.randn(batch, 3, height, width)
+    with torch.set_grad_enabled(training):
+        maps = SIZE_MODEL(x)
+    for m, stride, dims in zip(maps, STRIDES, ARCH['embed_dims'], strict=True):
+        assert m.shape == (batch, dims, math.ceil(height / stride), math.ceil(width / stride))
+        assert m.isfinite().all() and m.is_contiguous()
+    if training:
+        SIZE_MODEL.zero_grad()
+        sum(m.square().mean() for m in maps).backward()
+        assert all(p.grad.isfinite().all() for p in SIZE_MODEL.parameters())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('training', [False, True])
+def test_memory_formats_do_not_matter(training):
+    model = small_lavit().train(training)
+    x = images(2, 3, 44, 36)
+    expected = model(x)
+    wide = images(2, 3, 44, 72)
+    wide[..., ::2] = x
+    for given_x in (
+        x.contiguous(memory_format=torch.channels_last),
+        x.permute(3, 1, 0, 2).contiguous().permute(2, 1, 3, 0),
+        wide[..., ::2],
+    ):
+        maps = model(given_x)
+        assert all(m.is_contiguous() for m in maps)
+        assert_maps(maps, expected, 1e-10)
+
+
+# ---- Options -------------------------------------------------------------------------------------
+
+
+def test_signature_is_what_users_of_openmmlab_expect():
+    defaults = {k: p.default for k, p in inspect.signature(LaViT).parameters.items()}
+    assert defaults == dict(
+        arch='small',
+        in_channels=3,
+        window_sizes=(8, 8, 8, 8),
+        out_indices=(0, 1, 2, 3),
+        drop_rate=0.0,
+        attn_drop_rate=0.0,
+        drop_path_rate=0.1,
+        qkv_bias=True,
+        frozen_stages=-1,
+        with_cp=False,
+        init_cfg=None,
+    )
+
+
+class Classifier(nn.Module):
+    """The paper's classifier: mean over the last map, then a linear layer to 1000 classes."""
+
+    def __init__(self, arch: str) -> None:
+        super().__init__()
+        self.backbone = LaViT(arch, out_indices=(3,))
+        self.head = nn.Linear(self.backbone.arch.embed_dims[-1], 1000)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.backbone(x)[-1].mean((2, 3)))
+
+
+@pytest.mark.parametrize(
+    'arch, params, flops', [('tiny', 10.9, 1.6), ('small', 22.4, 3.3), ('base', 39.6, 6.1)]
+)
+def test_sizes_and_costs_are_the_papers(arch, params, flops):
+    model = Classifier(arch).eval()
+    count = sum(p.numel() for p in model.parameters()) / 1e6
+    assert count == pytest.approx(params, rel=0.025)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(torch.zeros(1, 3, 224, 224))
+    # Torch counts a multiplication and an addition as two, the paper (as MMEngine) as one.
+    assert counter.get_total_flops() / 2e9 == pytest.approx(flops, rel=0.05)
+    info = get_model_complexity_info(model, (3, 224, 224), show_table=False, show_arch=False)
+    assert info['flops'] / 1e9 == pytest.approx(flops, rel=0.05)
+
+
+def test_nano_has_about_three_million_parameters():
+    assert 2.5e6 < sum(p.numel() for p in LaViT('nano').parameters()) < 3.6e6
+
+
+@pytest.mark.parametrize('name', ARCHS)
+def test_an_arch_by_name_is_the_same_by_dict(name):
+    arch = {k: list(getattr(ARCHS[name], k)) for k in ARCH}
+    by_name, by_dict = LaViT(name), LaViT(arch)
+    shapes = [{k: v.shape for k, v in m.state_dict().items()} for m in (by_name, by_dict)]
+    assert shapes[0] == shapes[1]
+    assert by_dict.arch.name == name
+
+
+@pytest.mark.parametrize('out_indices', [(0,), (1,), (0, 2), (3,), (0, 1, 2, 3)])
+def test_out_indices_build_what_they_need_and_nothing_else(out_indices):
+    model = small_lavit(out_indices=out_indices)
+    whole = small_lavit()
+    own = model.state_dict()
+    whole.load_state_dict({**whole.state_dict(), **own})
+    x = images(1, 3, 40, 72)
+    assert_maps(model(x), [whole(x)[i] for i in out_indices], 1e-12)
+    assert {k.split('.')[1] for k in own if k.startswith('stages.')} == {
+        str(m) for m in range(out_indices[-1] + 1)
+    }
+    assert {k.split('.')[0] for k in own if k.startswith('norm')} == {
+        f'norm{m}' for m in out_indices
+    }
+    sum(images(*m.shape).mul(m).sum() for m in model(x)).backward()
+    idle = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()]
+    assert not idle, f'no gradient reaches {idle}'
+
+
+def test_gradients_reach_psi_theta_the_residual_and_layer_scale_from_the_start():
+    torch.manual_seed(0)
+    model = LaViT(ARCH).train()
+    sum(torch.randn_like(m).mul(m).sum() for m in model(torch.randn(2, 3, 64, 64))).backward()
+    watched = ('psi', 'theta', 'dwconv.weight', 'pwconv.weight', 'layer_scale')
+    grads = {n: p.grad for n, p in model.named_parameters() if n.endswith(watched)}
+    assert len(grads) == 2 * 4 + 3 * 3
+    assert all(g.abs().max() > 0 for g in grads.values())
+
+
+@pytest.mark.parametrize('frozen_stages', [-1, 0, 1, 2, 4])
+def test_frozen_stages(frozen_stages):
+    model = small_lavit(frozen_stages=frozen_stages, drop_rate=0.5).train()
+    frozen = ['patch_embed.'] * (frozen_stages >= 0)
+    frozen += [f'{kind}{m}.' for m in range(frozen_stages) for kind in ('stages.', 'norm')]
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    x = images(2, 3, 40, 40)
+    outs = model(x)
+    if frozen_stages < 4:
+        sum(images(*m.shape).mul(m).sum() for m in outs).backward()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.grad is not None:
+                    parameter -= parameter.grad
+    for name, parameter in model.named_parameters():
+        held = name.startswith(tuple(frozen))
+        assert parameter.requires_grad is not held, name
+        assert (parameter.grad is None) is held, name
+        assert torch.equal(parameter, before[name]) is held, name
+    for name, module in model.named_modules():
+        if name and not list(module.children()):
+            assert module.training is not (name + '.').startswith(tuple(frozen)), name
+    # In training a frozen stage has no dropout, so its maps do not change from run to run.
+    for m, (a, b) in enumerate(zip(model(x), model(x), strict=True)):
+        assert torch.equal(a, b) is (m < frozen_stages)
+
+
+@pytest.mark.parametrize('drop_path_rate', [0.0, 0.5])
+def test_with_cp_changes_memory_and_nothing_else(drop_path_rate):
+    grads, maps = [], []
+    for with_cp in (False, True):
+        model = small_lavit(with_cp=with_cp, drop_path_rate=drop_path_rate).train()
+        torch.manual_seed(3)
+        maps.append(model(images(2, 3, 40, 56)))
+        sum(images(*m.shape).mul(m).sum() for m in maps[-1]).backward()
+        grads.append({n: p.grad for n, p in model.named_parameters()})
+    assert_maps(*maps, 0)
+    for name, grad in grads[0].items():
+        torch.testing.assert_close(grads[1][name], grad, rtol=0, atol=1e-12, msg=name)
+
+
+def test_with_cp_really_recomputes():
+    calls = []
+    model = small_lavit(with_cp=True).train()
+    model.stages[2].blocks[0].norm2.register_forward_hook(lambda *_: calls.append(1))
+    sum(m.sum() for m in model(images(1, 3, 32, 32))).backward()
+    assert len(calls) == 2
+
+
+def test_drop_path_grows_linearly_to_its_rate():
+    model = LaViT(ARCH, drop_path_rate=0.4)
+    rates = [b.drop_path.drop_prob for stage in model.stages for b in stage.blocks]
+    assert rates == pytest.approx([0.4 * i / 8 for i in range(9)])
+
+
+def test_drop_path_drops_whole_images_and_keeps_the_mean():
+    seeded(0)
+    torch.manual_seed(0)
+    drop = DropPath(0.25)
+    x = torch.ones(4000, 2, 3)
+    out = drop(x).flatten(1)
+    kept = out[:, 0] != 0
+    assert torch.equal(out, kept[:, None].expand_as(out) / 0.75)
+    assert kept.float().mean() == pytest.approx(0.75, abs=0.03)
+    assert drop.eval()(x) is x
+
+
+@pytest.mark.parametrize('option', ['drop_rate', 'attn_drop_rate', 'drop_path_rate'])
+def test_dropouts_act_in_training_alone(option):
+    model = small_lavit(**{option: 0.5})
+    plain = small_lavit()
+    x = images(2, 3, 40, 40)
+    assert_maps(model(x), plain(x), 1e-12)
+    model.train()
+    assert not torch.equal(model(x)[-1], model(x)[-1])
+
+
+def test_other_input_channels():
+    assert small_lavit(in_channels=5)(images(1, 5, 32, 32))[0].shape == (1, 16, 8, 8)
+
+
+# ---- What optimisers ask -------------------------------------------------------------------------
+
+
+def test_layer_depth_follows_the_forward_pass():
+    model = LaViT(ARCH)
+    num_layers = sum(ARCH['depths']) + 2
+    assert model.get_layer_depth('head.fc.weight', 'backbone.') == (num_layers - 1, num_layers)
+    assert model.get_layer_depth('backbone.norm3.bias', 'backbone.')[0] == num_layers - 1
+    assert model.get_layer_depth('patch_embed.proj.weight') == (0, num_layers)
+    layer = 0
+    for m, stage in enumerate(model.stages):
+        if m:
+            assert model.get_layer_depth(f'stages.{m}.downsample.proj.weight')[0] == layer
+            assert (
+                model.get_layer_depth(f'stages.{m}.attention_residual.layer_scale')[0] == layer + 1
+            )
+        for i in range(len(stage.blocks)):
+            layer += 1
+            assert model.get_layer_depth(f'stages.{m}.blocks.{i}.attn.proj.weight')[0] == layer
+    assert layer == num_layers - 2
+
+
+def test_mmpretrains_layer_decay_reaches_every_parameter():
+    pytest.importorskip('mmpretrain')
+    from mmengine.optim import build_optim_wrapper
+    from mmpretrain.models import ImageClassifier
+    from mmpretrain.utils import register_all_modules
+
+    register_all_modules(init_default_scope=True)
+    model = ImageClassifier(
+        backbone=dict(type='LaViT', arch=ARCH, out_indices=(3,)),
+        neck=dict(type='GlobalAveragePooling'),
+        head=dict(type='LinearClsHead', num_classes=5, in_channels=64),
+    )
+    wrapper = build_optim_wrapper(
+        model,
+        dict(
+            optimizer=dict(type='AdamW', lr=1.0),
+            constructor='LearningRateDecayOptimWrapperConstructor',
+            paramwise_cfg=dict(layer_decay_rate=0.5),
+        ),
+    )
+    rates = {g['param_name']: g['lr'] for g in wrapper.optimizer.param_groups}
+    assert rates.keys() == dict(model.named_parameters()).keys()
+    assert rates['head.fc.weight'] == 1.0
+    assert rates['backbone.patch_embed.proj.weight'] == 0.5 ** (sum(ARCH['depths']) + 1)
+    depths = [0.5 ** (9 - sum(ARCH['depths'][:m])) for m in range(4)]
+    assert [rates[f'backbone.stages.{m}.blocks.0.attn.qkv.weight'] for m in range(4)] == depths
+
+
+def test_weights_start_as_in_swin_and_are_reproducible():
+    first, second = [], []
+    for weights in (first, second):
+        torch.manual_seed(4)
+        model = LaViT('tiny')
+        model.init_weights()
+        weights += model.state_dict().items()
+    assert all(a == b and torch.equal(v, w) for (a, v), (b, w) in zip(first, second, strict=True))
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            assert module.weight.std().item() == pytest.approx(0.02, rel=0.1)
+            assert module.bias is None or not module.bias.any()
+        if isinstance(module, LessAttention):
+            assert torch.equal(module.psi, torch.eye(64)) and torch.equal(
+                module.theta, torch.eye(64)
+            )
+
+
+# ---- What is refused -----------------------------------------------------------------------------
+
+BAD_OPTIONS = [
+    (dict(arch='huge'), ValueError, r"arch must be one of .*'small'.* got 'huge'"),
+    (dict(arch=3), TypeError, r'arch must be .* got 3'),
+    (
+        dict(arch={k: v for k, v in ARCH.items() if k != 'depths'}),
+        ValueError,
+        r"lacks \['depths'\]",
+    ),
+    (dict(arch={**ARCH, 'depth': 3}), ValueError, r"unknown keys \['depth'\]"),
+    (dict(arch={**ARCH, 'depths': (2, 2, 2)}), ValueError, r'depths must have one value for each'),
+    (dict(arch={**ARCH, 'depths': 2}), TypeError, r'depths must be a sequence'),
+    (dict(arch={**ARCH, 'depths': (2, 2, 2, 1.5)}), TypeError, r'depths must hold integers'),
+    (
+        dict(arch={**ARCH, 'vanilla_depths': (1, 1, 0, 1)}),
+        ValueError,
+        r'vanilla_depths.*at least 1',
+    ),
+    (dict(arch={**ARCH, 'vanilla_depths': (3, 1, 1, 1)}), ValueError, r'vanilla_depths\[0\] = 3'),
+    (dict(arch={**ARCH, 'num_heads': (1, 2, 5, 4)}), ValueError, r'embed_dims\[2\] = 48 .*= 5'),
+    (dict(arch={**ARCH, 'mlp_ratios': (2, 2, 0, 2)}), ValueError, r'mlp_ratios'),
+    (dict(arch={**ARCH, 'mlp_ratios': (2, 2, 0.001, 2)}), ValueError, r'mlp_ratios\[2\]'),
+    (dict(arch={**ARCH, 'mlp_ratios': 'four'}), TypeError, r"mlp_ratios.*'four'"),
+    (dict(window_sizes=(8, 8, 8)), ValueError, r'window_sizes must have one value for each'),
+    (dict(window_sizes=8), TypeError, r'window_sizes must be a sequence'),
+    (dict(window_sizes=(7, 7, 7, 7)), ValueError, r'window_sizes: 7 is odd'),
+    (dict(window_sizes=(8, 8, 6, 6)), ValueError, r'window_sizes: .* multiple of 4'),
+    (dict(window_sizes=(8, 8, 8, 0)), ValueError, r'window_sizes must be at least 1'),
+    (dict(out_indices=()), ValueError, r'out_indices'),
+    (dict(out_indices=(-1,)), ValueError, r'out_indices must be ascending'),
+    (dict(out_indices=(0, 4)), ValueError, r'out_indices must be ascending'),
+    (dict(out_indices=(1, 1)), ValueError, r'without repeats, got \(1, 1\)'),
+    (dict(out_indices=(2, 1)), ValueError, r'out_indices must be ascending'),
+    (dict(out_indices=3), TypeError, r'out_indices must be a sequence of integers, got 3'),
+    (dict(in_channels=0), ValueError, r'in_channels must be at least 1, got 0'),
+    (dict(in_channels='3'), TypeError, r"in_channels must be an integer, got '3'"),
+    (dict(drop_rate=1.0), ValueError, r'drop_rate must be in \[0, 1\), got 1.0'),
+    (dict(attn_drop_rate=-0.1), ValueError, r'attn_drop_rate must be in'),
+    (dict(drop_path_rate='a'), TypeError, r"drop_path_rate must be a number, got 'a'"),
+    (dict(qkv_bias=1), TypeError, r'qkv_bias must be True or False, got 1'),
+    (dict(with_cp='yes'), TypeError, r"with_cp must be True or False, got 'yes'"),
+    (dict(frozen_stages=5), ValueError, r'frozen_stages must be in -1..4, got 5'),
+    (dict(frozen_stages=1.0), TypeError, r'frozen_stages must be an integer, got 1.0'),
+]
+
+
+@pytest.mark.parametrize('options, error, message', BAD_OPTIONS, ids=lambda v: str(v)[:40])
+def test_bad_options_are_named(options, error, message):
+    with pytest.raises(error, match=message):
+        LaViT(**{'arch': ARCH, **options})
+
+
+BAD_INPUTS = [
+    (torch.zeros(3, 32, 32), ValueError, r'\(B, 3, H, W\).*got \(3, 32, 32\)'),
+    (torch.zeros(1, 4, 32, 32), ValueError, r'\(B, 3, H, W\).*got \(1, 4, 32, 32\)'),
+    (torch.zeros(1, 3, 0, 32), ValueError, r'H, W >= 1, got \(1, 3, 0, 32\)'),
+    (torch.zeros(0, 3, 32, 32), ValueError, r'B, H, W >= 1, got \(0, 3, 32, 32\)'),
+    (torch.zeros(1, 3, 32, 32, dtype=torch.uint8), TypeError, r'floating-point.*torch.uint8'),
+    ([[1.0]], TypeError, r'floating-point.*list'),
+]
+
+
+@pytest.mark.parametrize('x, error, message', BAD_INPUTS, ids=lambda v: str(v)[:40])
+def test_bad_inputs_are_named(x, error, message):
+    with pytest.raises(error, match=message):
+        SIZE_MODEL(x)

@@ -1,0 +1,9 @@
+"""Hands over to the train.py of mmdet, mmseg or mmpretrain, by the config's default_scope.
+
+All options are that script's own; see --help.
+"""
+
+from mmlavit.launch import main
+
+if __name__ == '__main__':
+    main('train.py')
