@@ -164,8 +164,8 @@ def draw_predictions(predictions: Path, out: Path, count: int = 12, scale: int =
         image = cv2.cvtColor(cv2.imread(sample['img_path']), cv2.COLOR_BGR2RGB)
         image = cv2.resize(image, None, fx=scale, fy=scale, interpolation=cv2.INTER_CUBIC)
         drawn = DetDataSample(
-            gt_instances=_true_instances(truth, sample['img_id'], scale),
-            pred_instances=_predicted_instances(sample['pred_instances'], scale),
+            gt_instances=_true_instances(truth, sample['img_id'], image.shape[:2]),
+            pred_instances=_predicted_instances(sample['pred_instances'], image.shape[:2]),
         )
         visualizer.add_datasample('demo', image, drawn, pred_score_thr=0.5)
         tiles.append(
@@ -178,34 +178,36 @@ def draw_predictions(predictions: Path, out: Path, count: int = 12, scale: int =
     return out
 
 
-def _true_instances(truth, image_id: int, scale: int):
+def _true_instances(truth, image_id: int, size: tuple[int, int]):
     annotations = truth.loadAnns(truth.getAnnIds(imgIds=[image_id]))
-    boxes = np.array([a['bbox'] for a in annotations], dtype=np.float32)
+    boxes = np.array([a['bbox'] for a in annotations])
     boxes[:, 2:] += boxes[:, :2]
     masks = [truth.annToMask(a) for a in annotations]
     labels = [truth.getCatIds().index(a['category_id']) for a in annotations]
-    return _instances(boxes, labels, masks, scale)
+    return _instances(boxes, labels, masks, size)
 
 
-def _predicted_instances(predicted: dict, scale: int):
+def _predicted_instances(predicted: dict, size: tuple[int, int]):
     from pycocotools import mask as rle
 
     masks = [rle.decode(m) for m in predicted['masks']]
-    instances = _instances(predicted['bboxes'].numpy(), predicted['labels'], masks, scale)
+    instances = _instances(predicted['bboxes'].numpy(), predicted['labels'], masks, size)
     instances.scores = predicted['scores']
     return instances
 
 
-def _instances(boxes: np.ndarray, labels, masks: list[np.ndarray], scale: int):
+def _instances(boxes: np.ndarray, labels, masks: list[np.ndarray], size: tuple[int, int]):
+    """Instances in an image enlarged to ``size`` (height, width)."""
     import torch
     from mmengine.structures import InstanceData
 
-    large = [cv2.resize(m, None, fx=scale, fy=scale, interpolation=cv2.INTER_LINEAR) for m in masks]
-    size = large[0].shape if large else (1, 1)
+    boxes = np.array(boxes, dtype=np.float32)
+    large = np.zeros((len(masks), *size), dtype=bool)
+    for i, mask in enumerate(masks):
+        large[i] = cv2.resize(mask, size[::-1], interpolation=cv2.INTER_LINEAR)
+        boxes[i] *= size[0] / mask.shape[0]
     return InstanceData(
-        bboxes=torch.as_tensor(boxes * scale),
-        labels=torch.as_tensor(labels),
-        masks=torch.as_tensor(np.array(large, dtype=bool).reshape(-1, *size)),
+        bboxes=torch.as_tensor(boxes), labels=torch.as_tensor(labels), masks=torch.as_tensor(large)
     )
 
 
