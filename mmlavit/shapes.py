@@ -36,7 +36,7 @@ CLASSES = ('circle', 'square', 'triangle')
 GENERATOR = {'name': 'mmlavit.shapes', 'version': 1}
 
 MIN_SIZE = 32  # below it the smallest triangle is a few pixels that look like anything
-RADIUS = (0.10, 0.20)  # of the disc of equal area, as a share of the image side
+RADIUS = (0.12, 0.22)  # of the disc of equal area, as a share of the image side
 MIN_VISIBLE = 0.5  # of every shape, after the shapes drawn over it
 MIN_PART = 6  # pixels; a smaller visible fragment is no fair target for a detector
 MIN_CONTRAST = 70.0  # distance in BGR between a shape and what it must stand out from
@@ -45,6 +45,10 @@ SUPERSAMPLE = 4  # sub-pixels per axis from which the coverage of edge pixels is
 JPEG_QUALITY = 95
 
 _CORNERS = {'circle': 64, 'square': 4, 'triangle': 3}
+# Radians. A square stands on a side and a triangle too, give or take TURN: fully turned, a small
+# square is so close to a circle that a model needs longer to tell them than a demo should take.
+_UPRIGHT = {'circle': 0.0, 'square': np.pi / 4, 'triangle': -np.pi / 2}
+TURN = np.pi / 9
 _MANIFEST = 'dataset.json'
 _SCRATCH = '.partial'
 
@@ -231,7 +235,8 @@ def _random_shape(rng: np.random.Generator, size: int, name: str) -> np.ndarray:
     # largest shape of an image (its ImageNet label) would nearly always be a circle.
     area = np.pi * (size * rng.uniform(*RADIUS)) ** 2
     reach = np.sqrt(2 * area / (corners * np.sin(2 * np.pi / corners)))
-    angles = 2 * np.pi * (np.arange(corners) / corners + rng.uniform())
+    turn = _UPRIGHT[name] + rng.uniform(-TURN, TURN)
+    angles = 2 * np.pi * np.arange(corners) / corners + turn
     outline = reach * np.stack([np.cos(angles), np.sin(angles)], 1)
     outline += rng.uniform(reach, size - reach, 2)
     # In OpenCV whole numbers are pixel centres, and 4 fractional bits are enough for a smooth turn.

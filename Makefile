@@ -1,0 +1,39 @@
+PYTHON ?= python3
+VENV ?= .venv
+SLOW ?=
+DEMO_ARGS ?=
+
+BIN := $(VENV)/bin/python
+
+.DEFAULT_GOAL := help
+.PHONY: help install test lint format demo
+
+help:
+	@echo 'make install   everything into $(VENV), at the versions of constraints.txt; resumes, and'
+	@echo '               returns at once when there is nothing to do'
+	@echo 'make demo      install, train Mask R-CNN on made-up shapes, evaluate it, draw pictures'
+	@echo '               (options of tools/demo.py: DEMO_ARGS="...")'
+	@echo 'make test      install, lint, and the tests; SLOW=1 adds the long ones'
+	@echo 'make lint      what Ruff has to say'
+	@echo 'make format    let Ruff fix and format'
+	@echo
+	@echo 'PYTHON=$(PYTHON) (3.10 to 3.12) makes the environment; VENV=$(VENV) is where it goes.'
+	@echo 'On a machine without a GPU, PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu'
+	@echo 'saves the download of the CUDA libraries that PyPI has for torch.'
+
+install:
+	@$(PYTHON) tools/setup_env.py --venv $(VENV)
+
+test: install lint
+	$(BIN) -m pytest $(if $(filter-out 0,$(SLOW)),-m "slow or not slow")
+
+lint: install
+	$(BIN) -m ruff check .
+	$(BIN) -m ruff format --check .
+
+format: install
+	$(BIN) -m ruff check --fix .
+	$(BIN) -m ruff format .
+
+demo: install
+	$(BIN) tools/demo.py $(DEMO_ARGS)

@@ -1,0 +1,76 @@
+"""How mmlavit is packaged.
+
+MMEngine, MMCV and the toolboxes are extras on purpose: two distributions provide each of those
+import names (`onedl-mmcv` and `mmcv` both own `mmcv/`), and installing one over the other corrupts
+both. So `pip install mmlavit` asks for torch and numpy only and never touches whichever is there;
+`mmlavit[onedl]` and `mmlavit[openmmlab]` are for an environment that has neither.
+"""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+README = Path(__file__).parent / 'README.md'
+
+# The maintained continuation. Tried together, in this order, with torch 2.13: 0.10.12, 2.3.6,
+# 3.5.1, 1.4.2, 1.3.6.
+ONEDL = [
+    'onedl-mmengine>=0.10.8,<1',
+    'onedl-mmcv>=2.3,<2.4',
+    'onedl-mmdetection>=3.4,<4',
+    'onedl-mmsegmentation>=1.3,<2',
+    'onedl-mmpretrain>=1.3,<2',
+    'torchvision',  # mmpretrain imports it without declaring it
+]
+
+# The original names. Tried together, in this order, with torch 2.1.2: 0.10.7, 2.1.0, 3.3.0, 1.2.2,
+# 1.2.0. mmdet 3.3 and mmsegmentation 1.2 refuse mmcv 2.2, and all five were written for numpy 1.
+OPENMMLAB = [
+    'mmengine>=0.10,<1',
+    'mmcv>=2.1,<2.2',
+    'mmdet>=3.3,<4',
+    'mmsegmentation>=1.2.2,<2',
+    'mmpretrain>=1.2,<2',
+    'torchvision',
+    'numpy<2',
+    'ftfy',  # mmseg imports these two without declaring them
+    'regex',
+]
+
+# What the tests, the checks and the demo of this repository run with, beside one of the two above.
+DEV = [
+    'hypothesis',
+    'matplotlib',
+    'psutil',
+    'pytest',
+    'pytest-timeout',
+    'ruff',
+    'tensorboard',
+    'tqdm',
+]
+
+setup(
+    name='mmlavit',
+    version='0.1.0',
+    description='LaViT, the Less-Attention Vision Transformer, as a backbone for OpenMMLab',
+    long_description=README.read_text(encoding='utf-8') if README.exists() else '',
+    long_description_content_type='text/markdown',
+    license='Apache-2.0',
+    license_files=['LICENSE'],
+    keywords=['vision transformer', 'less attention', 'backbone', 'object detection', 'OpenMMLab'],
+    classifiers=[
+        'Development Status :: 4 - Beta',
+        'Intended Audience :: Science/Research',
+        'Operating System :: OS Independent',
+        'Programming Language :: Python :: 3',
+        'Programming Language :: Python :: 3.10',
+        'Programming Language :: Python :: 3.11',
+        'Programming Language :: Python :: 3.12',
+        'Topic :: Scientific/Engineering :: Image Recognition',
+    ],
+    python_requires='>=3.10',
+    packages=find_packages(include=['mmlavit', 'mmlavit.*']),
+    install_requires=['torch>=2.1', 'numpy'],
+    extras_require={'onedl': ONEDL, 'openmmlab': OPENMMLAB, 'dev': DEV},
+    zip_safe=False,
+)

@@ -1,0 +1,84 @@
+"""Running the tools as a user does, and what they then need: data, options, their logs."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+SHAPES_CONFIG = ROOT / 'configs' / 'maskrcnn_lavit_n_shapes.py'
+
+
+def run_tool(
+    command: Path | str,
+    *args: object,
+    cwd: Path,
+    launcher: Sequence[str] = (),
+    path: Sequence[Path] = (),
+    **variables: str,
+) -> subprocess.CompletedProcess[str]:
+    """Run a script of tools/ in another process.
+
+    Args:
+        command: The script; a bare name is one of tools/.
+        args: Its arguments.
+        cwd: Where to run it; nothing is written elsewhere.
+        launcher: What comes between the interpreter and the script, such as ``-m``, ``MODULE``.
+        path: Folders to import from before any other.
+        variables: Environment variables to add.
+    """
+    search = [*map(str, path), str(ROOT)]
+    if os.environ.get('PYTHONPATH'):
+        search.append(os.environ['PYTHONPATH'])
+    return subprocess.run(
+        [sys.executable, *launcher, ROOT / 'tools' / command, *map(str, args)],
+        cwd=cwd,
+        env={**os.environ, 'PYTHONPATH': os.pathsep.join(search), 'COLUMNS': '100', **variables},
+        capture_output=True,
+        text=True,
+        timeout=500,
+    )
+
+
+def assert_ran(result: subprocess.CompletedProcess[str]) -> None:
+    """The command succeeded; shows the end of what it said if not."""
+    assert result.returncode == 0, f'{result.stdout[-3000:]}\n{result.stderr[-6000:]}'
+
+
+def the_one_line(stderr: str) -> str:
+    """The only line on stderr, apart from Python's warnings (of the packages around us)."""
+    warning = re.compile(r'^\S+:\d+: \w*Warning: .*\n(?:[ \t].*\n)?', re.MULTILINE)
+    lines = warning.sub('', stderr).splitlines()
+    assert len(lines) == 1, stderr
+    return lines[0]
+
+
+def make_shapes(out: Path, train: int, val: int, size: int = 64) -> Path:
+    """A small data set; its folder."""
+    options = ['--num-train', train, '--num-val', val, '--size', size]
+    assert_ran(run_tool('make_shapes.py', '--out', out, *options, cwd=out.parent))
+    return out
+
+
+def shapes_options(data: Path) -> list[str]:
+    """What to give ``--cfg-options`` to use the shapes config with another data set, no workers."""
+    val_json = f'{data}/coco/annotations/instances_val2017.json'
+    options = [f'{split}_evaluator.ann_file={val_json}' for split in ('val', 'test')]
+    for split in ('train', 'val', 'test'):
+        options += [
+            f'{split}_dataloader.dataset.data_root={data}/coco/',
+            f'{split}_dataloader.num_workers=0',
+            f'{split}_dataloader.persistent_workers=False',
+        ]
+    return options
+
+
+def read_log(work_dir: Path) -> list[dict]:
+    """The JSON log of the latest run in ``work_dir``, a dict for each line."""
+    log = max(work_dir.glob('*/vis_data/*_*.json'))
+    return [json.loads(line) for line in log.read_text(encoding='utf-8').splitlines()]

@@ -1,0 +1,276 @@
+"""The diagonality preserving loss (equations 8 and 9) as a pure function."""
+
+import math
+from itertools import permutations
+
+import pytest
+import torch
+from small import seeded
+from torch import Tensor
+
+from mmlavit import diagonality_preserving_loss
+
+WINDOWS, HEADS, N = 3, 2, 6
+# Real tokens: all; with a hole; a single pair.
+VALID = torch.tensor([[1, 1, 1, 1, 1, 1], [1, 0, 1, 1, 0, 1], [0, 1, 0, 0, 0, 1]], dtype=torch.bool)
+
+
+def random_scores(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=seeded(seed), dtype=torch.float64)
+
+
+def naive_loss(scores: Tensor, valid: Tensor | None = None) -> float:
+    """Straight from the equations, on Python numbers, pair by pair."""
+    means = []
+    for window, heads in enumerate(scores.tolist()):
+        for a in heads:
+            real = [i for i in range(len(a)) if valid is None or valid[window, i]]
+            pairs = list(permutations(real, 2))
+            asymmetry = sum(abs(a[i][j] - a[j][i]) for i, j in pairs)
+            excess = sum(max(a[i][j] - a[i][i], 0) for i, j in pairs)
+            means.append((asymmetry + excess) / len(pairs) if pairs else 0)
+    return sum(means) / len(means)
+
+
+def symmetric_dominant(*shape: int) -> Tensor:
+    """Random maps whose diagonal is at least 1 over everything else."""
+    scores = random_scores(*shape)
+    scores = scores + scores.mT
+    largest = scores.amax(dim=(-2, -1))[..., None, None]
+    return scores.where(~torch.eye(shape[-1], dtype=torch.bool), largest + 1)
+
+
+@pytest.mark.parametrize('seed', range(3))
+@pytest.mark.parametrize('valid', [None, VALID], ids=['whole', 'padded'])
+def test_is_the_naive_loop(seed, valid):
+    scores = random_scores(WINDOWS, HEADS, N, N, seed=seed)
+    loss = diagonality_preserving_loss(scores, valid)
+    assert loss.shape == () and loss.dtype == torch.float64
+    assert loss.item() == pytest.approx(naive_loss(scores, valid), abs=1e-12)
+
+
+def test_all_real_tokens_are_no_mask():
+    scores = random_scores(WINDOWS, HEADS, N, N)
+    everywhere = torch.ones(WINDOWS, N, dtype=torch.bool)
+    torch.testing.assert_close(
+        diagonality_preserving_loss(scores, everywhere), diagonality_preserving_loss(scores)
+    )
+
+
+def test_a_transposed_view_counts_like_its_copy():
+    """The layers hand out views whichever way their last product wrote them."""
+    view = random_scores(WINDOWS, HEADS, N, N).mT
+    for valid in (None, VALID):
+        torch.testing.assert_close(
+            diagonality_preserving_loss(view, valid),
+            diagonality_preserving_loss(view.contiguous(), valid),
+        )
+
+
+# ---- What it measures ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('valid', [None, VALID], ids=['whole', 'padded'])
+def test_zero_on_symmetric_dominant_maps(valid):
+    assert diagonality_preserving_loss(symmetric_dominant(WINDOWS, HEADS, N, N), valid) == 0
+
+
+def test_zero_where_the_diagonal_is_only_as_large():
+    assert diagonality_preserving_loss(torch.full((1, 1, N, N), 7.0)) == 0
+
+
+@pytest.mark.parametrize(
+    'a, expected',
+    [
+        # Asymmetry alone: both ordered pairs differ by 1.
+        ([[2, 1], [0, 2]], 1),
+        # Dominance alone: 1 over the diagonal in row 0, 3 in row 1.
+        ([[1, 2], [2, -1]], (1 + 3) / 2),
+        # Both: |3 - 1| twice; 3 over 2 in row 0, 1 under 2 in row 1.
+        ([[2, 3], [1, 2]], (2 + 2) / 2 + 1 / 2),
+        # One of six ordered pairs of each kind: A_01 is 1 more than A_10 and 1 over A_00.
+        ([[0, 1, -5], [0, 9, -5], [-5, -5, 9]], (1 + 1) / 6 + 1 / 6),
+        # Rows are compared with their own diagonal: A_10 = 1 is over A_00 = 0, which is no matter.
+        ([[0, 1], [1, 9]], 1 / 2),
+    ],
+)
+def test_by_hand(a, expected):
+    scores = torch.tensor(a, dtype=torch.float64)[None, None]
+    assert diagonality_preserving_loss(scores).item() == pytest.approx(expected, abs=1e-12)
+
+
+def test_each_violation_alone_is_seen():
+    dominant = symmetric_dominant(1, 1, N, N)
+    asymmetric = dominant.clone()
+    asymmetric[0, 0, 1, 4] -= 0.5
+    overtaken = dominant.clone()
+    overtaken[0, 0, 2, 2] = overtaken[0, 0, 2].min() - 1
+    assert torch.equal(overtaken, overtaken.mT)
+    assert diagonality_preserving_loss(asymmetric) > 0
+    assert diagonality_preserving_loss(overtaken) > 0
+
+
+def test_scales_with_the_scores_and_ignores_a_shift():
+    scores = random_scores(WINDOWS, HEADS, N, N)
+    loss = diagonality_preserving_loss(scores, VALID)
+    torch.testing.assert_close(diagonality_preserving_loss(3 * scores, VALID), 3 * loss)
+    torch.testing.assert_close(diagonality_preserving_loss(scores + 5, VALID), loss)
+
+
+def test_descent_on_it_alone_restores_both_properties():
+    scores = random_scores(1, 2, 5, 5).requires_grad_()
+    off_diagonal = ~torch.eye(5, dtype=torch.bool)
+
+    def violations() -> tuple[float, float]:
+        a = scores.detach()
+        excess = (a - a.diagonal(dim1=-2, dim2=-1).unsqueeze(-1))[..., off_diagonal]
+        return (a - a.mT).abs().max().item(), excess.max().item()
+
+    assert min(violations()) > 0.5
+    steps = 400
+    for step in range(steps):
+        (gradient,) = torch.autograd.grad(diagonality_preserving_loss(scores), scores)
+        with torch.no_grad():
+            # The loss is piecewise linear: steps must shrink to settle on its floor.
+            scores -= 2 * (1 - step / steps) * gradient
+    assert max(violations()) < 0.01
+
+
+# ---- Windows, batch, padding ---------------------------------------------------------------------
+
+
+def test_independent_of_the_number_of_windows():
+    scores = random_scores(WINDOWS, HEADS, N, N)
+    once = diagonality_preserving_loss(scores, VALID)
+    tiled = diagonality_preserving_loss(scores.repeat(5, 1, 1, 1), VALID.repeat(5, 1))
+    torch.testing.assert_close(tiled, once)
+    torch.testing.assert_close(
+        diagonality_preserving_loss(scores.repeat(5, 1, 1, 1)), diagonality_preserving_loss(scores)
+    )
+
+
+def test_windows_and_heads_count_alike():
+    """However many real tokens they hold."""
+    scores = random_scores(WINDOWS, HEADS, N, N)
+    apart = [
+        diagonality_preserving_loss(scores[w : w + 1, h : h + 1], VALID[w : w + 1])
+        for w in range(WINDOWS)
+        for h in range(HEADS)
+    ]
+    torch.testing.assert_close(
+        diagonality_preserving_loss(scores, VALID), torch.stack(apart).mean()
+    )
+
+
+def test_a_padded_window_is_its_real_tokens():
+    scores = random_scores(WINDOWS, HEADS, N, N)
+    for window, valid in enumerate(VALID):
+        cut_out = scores[window, :, valid][:, :, valid][None]
+        torch.testing.assert_close(
+            diagonality_preserving_loss(scores[window : window + 1], valid[None]),
+            diagonality_preserving_loss(cut_out),
+        )
+
+
+@pytest.mark.parametrize('filling', [0.0, 1e4, -1e4, math.inf, -math.inf, math.nan])
+def test_padding_leaves_no_trace(filling):
+    padded = ~(VALID[:, None, :, None] & VALID[:, None, None, :]).expand(-1, HEADS, -1, -1)
+    plain = random_scores(WINDOWS, HEADS, N, N).requires_grad_()
+    filled = plain.detach().masked_fill(padded, filling).requires_grad_()
+    losses = [diagonality_preserving_loss(scores, VALID) for scores in (plain, filled)]
+    assert losses[0] == losses[1]
+    gradients = [
+        torch.autograd.grad(loss, scores)[0]
+        for loss, scores in zip(losses, (plain, filled), strict=True)
+    ]
+    assert torch.equal(gradients[0], gradients[1])
+    assert gradients[0][padded].count_nonzero() == 0
+    assert gradients[0][~padded].count_nonzero() > 0
+
+
+@pytest.mark.parametrize('real', [0, 1])
+def test_a_window_without_pairs_counts_as_zero(real):
+    scores = random_scores(2, HEADS, N, N).requires_grad_()
+    valid = torch.ones(2, N, dtype=torch.bool)
+    valid[1, real:] = False
+    loss = diagonality_preserving_loss(scores, valid)
+    torch.testing.assert_close(loss, diagonality_preserving_loss(scores[:1]) / 2)
+    (gradient,) = torch.autograd.grad(loss, scores)
+    assert gradient[1].count_nonzero() == 0 and gradient.isfinite().all()
+    assert diagonality_preserving_loss(scores[1:], valid[1:]) == 0
+
+
+def test_a_window_of_one_token_has_no_pairs():
+    assert diagonality_preserving_loss(random_scores(2, HEADS, 1, 1)) == 0
+
+
+# ---- Numbers -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('valid', [None, VALID], ids=['whole', 'padded'])
+def test_gradcheck(valid):
+    """All entries 0.1 apart, so that no step of the check crosses a kink."""
+    count = WINDOWS * HEADS * N * N
+    scores = 0.1 * torch.randperm(count, generator=seeded(0)).double()
+    scores = scores.view(WINDOWS, HEADS, N, N).requires_grad_()
+    assert torch.autograd.gradcheck(lambda a: diagonality_preserving_loss(a, valid), scores)
+
+
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize('autocast', [False, True])
+def test_half_precision_is_computed_in_float32(dtype, autocast):
+    # Differences up to 1.2e5 and sums of them, which float16 cannot hold.
+    scores = (6e4 * random_scores(64, HEADS, N, N).clamp(-1, 1)).to(dtype).requires_grad_()
+    with torch.autocast('cpu', torch.bfloat16, enabled=autocast):
+        loss = diagonality_preserving_loss(scores)
+    assert loss.dtype == torch.float32
+    assert loss == diagonality_preserving_loss(scores.detach().float())
+    assert loss.item() == pytest.approx(naive_loss(scores.detach().double()), rel=1e-5)
+    (gradient,) = torch.autograd.grad(loss, scores)
+    assert gradient.dtype == dtype and gradient.isfinite().all() and gradient.count_nonzero()
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float64])
+def test_keeps_full_precision(dtype):
+    assert diagonality_preserving_loss(torch.ones(1, 1, 3, 3, dtype=dtype)).dtype == dtype
+
+
+# ---- Errors --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    'scores, kind, message',
+    [
+        ([[1.0]], TypeError, 'scores must be a floating-point tensor, got list'),
+        (None, TypeError, 'scores .* got NoneType'),
+        (torch.ones(1, 1, 2, 2, dtype=torch.int64), TypeError, r'scores .* got torch\.int64'),
+        (torch.ones(1, 1, 2, 2, dtype=torch.bool), TypeError, r'scores .* got torch\.bool'),
+        (torch.ones(1, 1, 2, 2, dtype=torch.complex64), TypeError, r'scores .* torch\.complex64'),
+        (torch.ones(1, 2, 2), ValueError, r'scores must be .* got \(1, 2, 2\)'),
+        (torch.ones(1, 1, 1, 2, 2), ValueError, r'scores must be .* got \(1, 1, 1, 2, 2\)'),
+        (torch.ones(1, 1, 2, 3), ValueError, r'scores must be .* got \(1, 1, 2, 3\)'),
+        (torch.ones(0, 1, 2, 2), ValueError, r'scores must be .* got \(0, 1, 2, 2\)'),
+        (torch.ones(1, 0, 2, 2), ValueError, r'scores must be .* got \(1, 0, 2, 2\)'),
+        (torch.ones(1, 1, 0, 0), ValueError, r'scores must be .* got \(1, 1, 0, 0\)'),
+    ],
+)
+def test_refuses_scores(scores, kind, message):
+    with pytest.raises(kind, match=message):
+        diagonality_preserving_loss(scores)
+
+
+@pytest.mark.parametrize(
+    'valid, kind, message',
+    [
+        ([[True, True]], TypeError, 'valid must be a bool tensor, got list'),
+        (torch.ones(3, 2), TypeError, r'valid .* got torch\.float32'),
+        (torch.ones(3, 2, dtype=torch.uint8), TypeError, r'valid .* got torch\.uint8'),
+        (torch.ones(2, dtype=torch.bool), ValueError, r'valid .*\(3, 2\).* got \(2,\)'),
+        (torch.ones(1, 2, dtype=torch.bool), ValueError, r'valid .*\(3, 2\).* got \(1, 2\)'),
+        (torch.ones(3, 4, dtype=torch.bool), ValueError, r'valid .*\(3, 2\).* got \(3, 4\)'),
+        (torch.ones(3, 1, 2, dtype=torch.bool), ValueError, r'valid .* got \(3, 1, 2\)'),
+    ],
+)
+def test_refuses_masks(valid, kind, message):
+    with pytest.raises(kind, match=message):
+        diagonality_preserving_loss(torch.ones(3, 1, 2, 2), valid)
