@@ -1,7 +1,7 @@
 # Mask R-CNN on the shapes data (tools/make_shapes.py), small enough for two CPU cores.
 _base_ = './maskrcnn_lavit_s_coco.py'
 
-norm_cfg = dict(type='GN', num_groups=16)
+norm_cfg = dict(type='GN', num_groups=8)
 model = dict(
     backbone=dict(arch='nano', drop_path_rate=0.0),
     neck=dict(in_channels=[32, 64, 160, 320], out_channels=64, num_outs=4, norm_cfg=norm_cfg),
@@ -14,9 +14,7 @@ model = dict(
         bbox_roi_extractor=dict(out_channels=64),
         bbox_head=dict(in_channels=64, fc_out_channels=256, num_classes=3),
         mask_roi_extractor=dict(out_channels=64),
-        mask_head=dict(
-            in_channels=64, conv_out_channels=64, num_convs=2, num_classes=3, norm_cfg=norm_cfg
-        ),
+        mask_head=dict(in_channels=64, conv_out_channels=32, num_classes=3, norm_cfg=norm_cfg),
     ),
     train_cfg=dict(
         rpn=dict(sampler=dict(num=64)),
@@ -30,7 +28,7 @@ shapes = dict(
     data_root='data/shapes/coco/', metainfo=dict(classes=('circle', 'square', 'triangle'))
 )
 train_dataloader = dict(
-    batch_size=16,
+    batch_size=8,
     dataset=dict(
         pipeline=[
             dict(type='LoadImageFromFile'),
@@ -61,16 +59,16 @@ test_dataloader = val_dataloader
 val_evaluator = dict(ann_file='data/shapes/coco/annotations/instances_val2017.json')
 test_evaluator = val_evaluator
 
-train_cfg = dict(max_epochs=12, val_interval=3)
+train_cfg = dict(max_epochs=12, val_interval=2)
 param_scheduler = [
-    dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=50),
+    dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=100),
     dict(
         type='CosineAnnealingLR', by_epoch=True, T_max=12, eta_min=1e-5, convert_to_iter_based=True
     ),
 ]
 optim_wrapper = dict(optimizer=dict(lr=1e-3), clip_grad=dict(max_norm=5.0))
 default_hooks = dict(
-    logger=dict(interval=10),
+    logger=dict(interval=25),
     checkpoint=dict(max_keep_ckpts=2, save_best='coco/segm_mAP'),
 )
 randomness = dict(seed=0)

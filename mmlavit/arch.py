@@ -123,7 +123,7 @@ def _check_ratios(values: object) -> tuple[float, ...]:
         raise TypeError(f'mlp_ratios must be a sequence of {NUM_STAGES} numbers, got {values!r}')
     if len(values) != NUM_STAGES or any(not 0 < v < float('inf') for v in values):
         raise ValueError(f'mlp_ratios must be {NUM_STAGES} positive numbers, got {values!r}')
-    return tuple(values)
+    return tuple(map(float, values))
 
 
 # Nano is ours, for demos and small data. The others land on the paper's sizes (design, section 2);

@@ -273,23 +273,18 @@ class LaViT(BaseModule):
         PyTorch and MMEngine both call this first, with the whole state dict.
         """
         weights = strip_prefix(state_dict, prefix)
-        if 'patch_embed.proj.weight' in weights:
-            own = self.state_dict()
-            check_arch(weights, own)
+        own = self.state_dict()
+        if not prefix or weights.keys() & own.keys():
+            check_arch(weights, self.arch, len(self.stages), self.in_channels)
             before = windows_of(weights)
             if resized := fit_windows(weights, own):
                 state_dict.update({prefix + name: weights[name] for name in resized})
+                layers = {name.rpartition('.')[0] for name in resized}
                 print_log(
-                    f'LaViT: resized Psi and Theta of {len(resized) // 2} layers from window sizes '
+                    f'LaViT: resized Psi and Theta of {len(layers)} layers from window sizes '
                     f'{before} to {windows_of(own)} by interpolation',
                     logger='current',
                 )
-        elif not prefix:
-            raise ValueError(
-                'the state dict holds no LaViT weights under their own names (such as '
-                f"'patch_embed.proj.weight'), it starts with {list(state_dict)[:3]}; to load the "
-                "backbone of a larger model, give init_cfg a prefix such as 'backbone.'"
-            )
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 

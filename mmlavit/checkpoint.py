@@ -11,9 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .arch import ARCHS
+from .arch import ARCHS, Arch
 
-_BLOCK = re.compile(r'stages\.(\d+)\.blocks\.\d+\.attn\.(qkv|v)\.weight')
+_STAGE = re.compile(r'stages\.(\d+)\.')
+_PROJECTION = re.compile(r'stages\.(\d+)\.blocks\.\d+\.attn\.(qkv|v)\.weight')
 
 
 def strip_prefix(state_dict: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
@@ -25,32 +26,38 @@ def observed_arch(weights: Mapping[str, Tensor]) -> dict[str, tuple]:
     """Read the sizes of a LaViT off its weights.
 
     Args:
-        weights: A LaViT's weights under their own names.
+        weights: A LaViT's weights under their own names; some may be missing.
 
     Returns:
-        The fields of :class:`mmlavit.arch.Arch`, with a value for each stage that the weights hold.
-        ``num_heads`` is absent from a single stage, whose weights do not show it.
+        The fields of :class:`mmlavit.arch.Arch`, with a value for each stage that the weights hold:
+        None where the weights that show it are missing, as the heads of a single stage are.
     """
-    kinds = defaultdict(list)
-    for name in weights:
-        if match := _BLOCK.fullmatch(name):
-            kinds[int(match[1])].append(match[2])
-    stages = range(len(kinds))
-    dims = [weights[f'stages.{m}.blocks.0.norm1.weight'].shape[0] for m in stages]
-    hidden = [weights[f'stages.{m}.blocks.0.mlp.fc1.weight'].shape[0] for m in stages]
-    heads = [weights[f'stages.{m}.attention_residual.pwconv.weight'].shape[:2] for m in stages[1:]]
-    observed = dict(
-        embed_dims=tuple(dims),
-        depths=tuple(len(kinds[m]) for m in stages),
-        vanilla_depths=tuple(kinds[m].count('qkv') for m in stages),
-        mlp_ratios=tuple(h / d for h, d in zip(hidden, dims, strict=True)),
-    )
-    if heads:
-        observed['num_heads'] = (heads[0][1], *(h[0] for h in heads))
-    return observed
+    num_stages = len({match[1] for name in weights if (match := _STAGE.match(name))})
+    projections = [match.groups() for name in weights if (match := _PROJECTION.fullmatch(name))]
+
+    def size(name: str, axis: int = 0) -> int | None:
+        return weights[name].shape[axis] if name in weights else None
+
+    observed = defaultdict(tuple)
+    for m in range(num_stages):
+        dims = size(f'stages.{m}.blocks.0.norm1.weight')
+        hidden = size(f'stages.{m}.blocks.0.mlp.fc1.weight')
+        if m == 0:
+            heads = size('stages.1.attention_residual.pwconv.weight', axis=1)
+        else:
+            heads = size(f'stages.{m}.attention_residual.pwconv.weight')
+        vanilla = projections.count((str(m), 'qkv'))
+        observed['embed_dims'] += (dims,)
+        observed['num_heads'] += (heads,)
+        observed['depths'] += (vanilla + projections.count((str(m), 'v')),)
+        observed['vanilla_depths'] += (vanilla,)
+        observed['mlp_ratios'] += (hidden / dims if hidden and dims else None,)
+    return dict(observed)
 
 
-def check_arch(weights: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
+def check_arch(
+    weights: Mapping[str, Tensor], arch: Arch, num_stages: int, in_channels: int
+) -> None:
     """Refuse the weights of another arch.
 
     Stages that only the checkpoint has are what a smaller ``out_indices`` leaves out of the model,
@@ -58,39 +65,51 @@ def check_arch(weights: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None
 
     Args:
         weights: The checkpoint's weights under LaViT's own names.
-        own: The model's weights.
+        arch: Arch of the model.
+        num_stages: How many stages the model built.
+        in_channels: Input channels of the model.
 
     Raises:
-        ValueError: If the checkpoint is of another arch, takes other input channels or lacks stages
-            that the model has. The message names both archs.
+        ValueError: If the weights are no LaViT's, or of another arch, or take other input channels
+            or lack stages that the model has. The message names both archs.
     """
-    theirs, ours = observed_arch(weights), observed_arch(own)
-    num_stages = len(ours['depths'])
+    theirs = observed_arch(weights)
+    if not theirs:
+        raise ValueError(
+            f'the state dict holds no LaViT weights (it starts with {list(weights)[:3]}); to load '
+            "the backbone of a larger model, give init_cfg a prefix such as 'backbone.'"
+        )
+    ours = {name: getattr(arch, name)[:num_stages] for name in theirs}
     if len(theirs['depths']) < num_stages:
         raise ValueError(
-            f'the checkpoint holds {len(theirs["depths"])} stage(s) of a LaViT '
-            f'{_name(theirs)}, the model has {num_stages}: it was saved with smaller out_indices'
+            f'the checkpoint holds {len(theirs["depths"])} stage(s) of a LaViT {_name(theirs)}, '
+            f'the model has {num_stages}: it was saved with smaller out_indices'
         )
-    if any(theirs[k][:num_stages] != v for k, v in ours.items() if k in theirs):
+    if not all(_agree(theirs[name], sizes) for name, sizes in ours.items()):
         raise ValueError(
             f'the checkpoint is a LaViT {_name(theirs)}, the model is a LaViT {_name(ours)}; '
             'set arch to the one of the checkpoint, or load another checkpoint'
         )
-    theirs_in, ours_in = (w['patch_embed.proj.weight'].shape[1] for w in (weights, own))
-    if theirs_in != ours_in:
+    projection = weights.get('patch_embed.proj.weight')
+    if projection is not None and projection.shape[1] != in_channels:
         raise ValueError(
-            f'the checkpoint takes in_channels={theirs_in}, the model in_channels={ours_in}'
+            f'the checkpoint takes in_channels={projection.shape[1]}, '
+            f'the model in_channels={in_channels}'
         )
+
+
+def _agree(observed: tuple, sizes: tuple) -> bool:
+    """Whether two archs have the same sizes in the stages that both have, as far as is known."""
+    return all(o is None or o == s for o, s in zip(observed, sizes, strict=False))
 
 
 def _name(observed: Mapping[str, tuple]) -> str:
     """``'small' (embed_dims=..., ...)``, the name being the family's where it is one of them."""
-    num_stages = len(observed['depths'])
     name = next(
         (
             name
             for name, arch in ARCHS.items()
-            if all(getattr(arch, k)[:num_stages] == v for k, v in observed.items())
+            if all(_agree(sizes, getattr(arch, k)) for k, sizes in observed.items())
         ),
         'custom',
     )

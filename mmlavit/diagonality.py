@@ -95,7 +95,8 @@ class DiagonalityLossHook(Hook):
             raise ValueError(f'loss_weight must be finite and at least 0, got {loss_weight}')
         self.loss_weight = loss_weight
         self._handles: list = []
-        self._seen: list[tuple[Tensor, WindowGrid]] | None = None
+        self._seen: list[tuple[LessAttention, Tensor, WindowGrid]] | None = None
+        self._hidden: set[LessAttention] = set()
 
     def before_train(self, runner: Runner) -> None:
         """Start watching the model that the runner trains."""
@@ -117,20 +118,31 @@ class DiagonalityLossHook(Hook):
         self._handles = []
 
     def _before_forward(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
-        self._seen = [] if model.training and kwargs.get('mode') == 'loss' else None
+        if kwargs.get('mode') == 'loss':
+            self._seen = [] if model.training else None
+            self._hidden = set()
 
-    def _after_attention(self, layer: nn.Module, args: tuple, output: tuple) -> None:
-        # Under with_cp a layer runs again in the backward pass, when nobody is listening. A teacher
-        # of the same architecture runs without gradients.
-        if self._seen is not None and layer.training and torch.is_grad_enabled():
-            self._seen.append((output[1], args[1]))
+    def _after_attention(self, layer: LessAttention, args: tuple, output: tuple) -> None:
+        # Under with_cp a layer runs again in the backward pass, when nobody is listening.
+        if self._seen is None or not layer.training:
+            return
+        if torch.is_grad_enabled():
+            self._seen.append((layer, output[1], args[1]))
+        else:
+            self._hidden.add(layer)
 
     def _after_forward(
         self, model: nn.Module, args: tuple, kwargs: dict, losses: object
     ) -> dict | None:
-        seen, self._seen = self._seen, None
-        if seen is None:
+        if self._seen is None or kwargs.get('mode') != 'loss':
             return None
+        seen, self._seen = self._seen, None
+        hidden, self._hidden = self._hidden - {layer for layer, _, _ in seen}, set()
+        if hidden:
+            raise RuntimeError(
+                f'DiagonalityLossHook: {len(hidden)} less-attention layers ran without gradients, '
+                "as under MMEngine's activation_checkpointing; use LaViT's with_cp=True instead"
+            )
         if not isinstance(losses, dict):
             raise TypeError(
                 'DiagonalityLossHook needs a model that returns a dict of losses in mode "loss", '
@@ -141,7 +153,7 @@ class DiagonalityLossHook(Hook):
                 f'DiagonalityLossHook: {type(model).__name__} computed its losses without running '
                 'a less-attention layer'
             )
-        total = sum(diagonality_preserving_loss(*_with_mask(s, grid)) for s, grid in seen)
+        total = sum(diagonality_preserving_loss(*_with_mask(s, grid)) for _, s, grid in seen)
         return {**losses, 'loss_dp': self.loss_weight * total / len(seen)}
 
 

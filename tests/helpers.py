@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+TIMEOUT = 400  # seconds; on an idle machine no call takes more than 40
 SHAPES_CONFIG = ROOT / 'configs' / 'maskrcnn_lavit_n_shapes.py'
 
 
@@ -35,14 +36,22 @@ def run_tool(
     search = [*map(str, path), str(ROOT)]
     if os.environ.get('PYTHONPATH'):
         search.append(os.environ['PYTHONPATH'])
-    return subprocess.run(
+    process = subprocess.Popen(
         [sys.executable, *launcher, ROOT / 'tools' / command, *map(str, args)],
         cwd=cwd,
         env={**os.environ, 'PYTHONPATH': os.pathsep.join(search), 'COLUMNS': '100', **variables},
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        timeout=500,
     )
+    with process:
+        try:
+            out, err = process.communicate(timeout=TIMEOUT)
+        except BaseException:
+            # Politely, so that torchrun takes its workers along.
+            process.terminate()
+            raise
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 
 def assert_ran(result: subprocess.CompletedProcess[str]) -> None:

@@ -374,7 +374,7 @@ def test_mmpretrains_layer_decay_reaches_every_parameter():
     wrapper = build_optim_wrapper(
         model,
         dict(
-            optimizer=dict(type='AdamW', lr=1.0),
+            optimizer=dict(type='AdamW', lr=1.0, weight_decay=0.05),
             constructor='LearningRateDecayOptimWrapperConstructor',
             paramwise_cfg=dict(layer_decay_rate=0.5),
         ),

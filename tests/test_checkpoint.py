@@ -19,9 +19,6 @@ from torch import Tensor, nn
 
 from mmlavit import ARCHS, LaViT
 from mmlavit.checkpoint import resize_window_weight
-from mmlavit.compat import repair_torchvision
-
-repair_torchvision()
 
 OTHER_WINDOWS = (4, 4, 4, 4)
 
@@ -42,7 +39,8 @@ def classifier(backbone: LaViT) -> BaseModel:
     from mmpretrain.models import ImageClassifier
 
     head = dict(type='LinearClsHead', num_classes=3, in_channels=ARCH['embed_dims'][3])
-    return ImageClassifier(backbone, dict(type='GlobalAveragePooling'), head)
+    with DefaultScope.overwrite_default_scope('mmpretrain'):
+        return ImageClassifier(backbone, dict(type='GlobalAveragePooling'), head)
 
 
 def detector(backbone: LaViT) -> BaseModel:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import copy
 import importlib
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,21 +14,17 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from mmcv.transforms import Compose
+from mmdet.testing import demo_mm_inputs
+from mmengine.config import Config
+from mmengine.optim import build_optim_wrapper
+from mmengine.registry import MODELS, DefaultScope
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
-from mmlavit.compat import repair_torchvision
-
-repair_torchvision()
-
-from mmcv.transforms import Compose  # noqa: E402
-from mmdet.testing import demo_mm_inputs  # noqa: E402
-from mmengine.config import Config  # noqa: E402
-from mmengine.optim import build_optim_wrapper  # noqa: E402
-from mmengine.registry import DefaultScope  # noqa: E402
-from torch import nn  # noqa: E402
-from torch.nn.modules.batchnorm import _BatchNorm  # noqa: E402
-
-from mmlavit.attention import LessAttention  # noqa: E402
-from mmlavit.block import DropPath  # noqa: E402
+from mmlavit import LaViT
+from mmlavit.attention import LessAttention
+from mmlavit.block import DropPath
 
 CONFIGS = Path(__file__).resolve().parents[1] / 'configs'
 FILES = sorted(CONFIGS.glob('*.py'))
@@ -137,6 +134,31 @@ def test_named_after_what_they_hold(experiment):
     assert [
         sum(isinstance(m, LessAttention) for m in stage.modules()) for stage in backbone.stages
     ] == less
+
+
+def test_pretrained_as_the_config_says(tmp_path):
+    """The options that the comment names load the backbone of a classifier."""
+    file = CONFIGS / 'maskrcnn_lavit_s_coco.py'
+    comments = ' '.join(re.findall(r'# (.*)', file.read_text(encoding='utf-8')))
+    options = dict(re.findall(r'(model\.\S+)=(\S+)', comments))
+    assert 'PATH' in options.values()
+    torch.manual_seed(2)
+    pretrained = LaViT('small')
+    weights = {f'backbone.{name}': value for name, value in pretrained.state_dict().items()}
+    torch.save(
+        dict(state_dict={**weights, 'head.fc.bias': torch.ones(10)}), tmp_path / 'weights.pth'
+    )
+    cfg = Config.fromfile(file)
+    cfg.merge_from_dict(
+        {
+            key: value.replace('PATH', str(tmp_path / 'weights.pth'))
+            for key, value in options.items()
+        }
+    )
+    backbone = MODELS.build(cfg.model.backbone)
+    backbone.init_weights()
+    for name, value in backbone.state_dict().items():
+        assert torch.equal(value, pretrained.state_dict()[name]), name
 
 
 def test_drop_path_grows_with_the_size():

@@ -21,7 +21,11 @@ import torch.nn.functional as F
 from mmengine import Config
 from mmengine.device import get_device
 from mmengine.evaluator import BaseMetric
-from mmengine.model import BaseModel, MMDistributedDataParallel
+from mmengine.model import (
+    BaseModel,
+    MMDistributedDataParallel,
+    MMSeparateDistributedDataParallel,
+)
 from mmengine.optim import AmpOptimWrapper, OptimWrapper
 from mmengine.registry import HOOKS, DefaultScope
 from mmengine.runner import Runner
@@ -34,13 +38,18 @@ from mmlavit import DiagonalityLossHook, diagonality_preserving_loss
 from mmlavit.attention import LessAttention
 from mmlavit.compat import repair_torchvision
 
-repair_torchvision()  # Runner imports torchvision to tell its version.
-
 # Less-attention layers per stage: 1, 2, 1, 1.
 ARCH = {**SMALL, 'depths': (2, 3, 2, 2), 'vanilla_depths': (1, 1, 1, 1)}
 WINDOWS = (4, 4, 2, 2)
 HEIGHT, WIDTH = 20, 12  # Grids 5 x 3, 3 x 2, 2 x 1: padded in every stage.
 ALL_VANILLA = {**ARCH, 'vanilla_depths': ARCH['depths']}
+
+
+@pytest.fixture(autouse=True)
+def own_scope() -> Iterator[None]:
+    """A runner sets MMEngine's default scope for good; take it back."""
+    with DefaultScope.overwrite_default_scope('mmengine'):
+        yield
 
 
 class Toy(BaseModel):
@@ -437,7 +446,8 @@ def test_with_checkpointed_layers():
 
 
 def train_one_of_two(rank: int, folder: Path) -> None:
-    """One process of test_through_ddp."""
+    """One process of test_through_ddp, which knows no conftest.py."""
+    repair_torchvision()
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE='2')
     torch.distributed.init_process_group(
@@ -478,6 +488,24 @@ def test_through_ddp(tmp_path):
         expected = weight - (steps[0][name] + steps[1][name]) / 2
         torch.testing.assert_close(trained[0][name], expected, rtol=1e-7, atol=1e-12, msg=name)
     assert 'loss_dp' in scalars(tmp_path)[0]
+
+
+def test_through_a_wrapper_of_parts(tmp_path):
+    """One that trains the bare model, whose backbone is wrapped by itself."""
+    model, batch = toy(), batch_of()
+    expected = losses_of(model, batch)
+    torch.distributed.init_process_group(
+        'gloo', init_method=f'file://{tmp_path}/store', rank=0, world_size=1
+    )
+    try:
+        wrapped = MMSeparateDistributedDataParallel(model)
+        optim_wrapper = OptimWrapper(torch.optim.SGD(model.parameters(), lr=1e-3))
+        with watched(wrapped):
+            log_vars = wrapped.train_step(batch, optim_wrapper)
+    finally:
+        torch.distributed.destroy_process_group()
+    for name, loss in expected.items():
+        torch.testing.assert_close(log_vars[name], loss)
 
 
 # ---- What it leaves behind -----------------------------------------------------------------------

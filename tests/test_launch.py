@@ -198,7 +198,11 @@ def test_exit_status_is_the_originals(call, tmp_path, fake_toolboxes, statement,
 
 @pytest.mark.parametrize(
     'statement, kind',
-    [("raise RuntimeError('broken')", RuntimeError), ('1 / 0', ZeroDivisionError)],
+    [
+        ("raise RuntimeError('broken')", RuntimeError),
+        ('1 / 0', ZeroDivisionError),
+        ("raise FileNotFoundError('no such luck')", FileNotFoundError),
+    ],
 )
 def test_other_errors_of_the_original_pass(call, tmp_path, fake_toolboxes, statement, kind):
     config = write_config(tmp_path / 'config.py', 'mmdet')
@@ -322,7 +326,8 @@ def test_toolbox_without_its_tools(call, tmp_path, fake_toolboxes):
     (fake_toolboxes / 'mmdet/.mim/tools/test.py').unlink()
     config = write_config(tmp_path / 'config.py', 'mmdet')
     line = refusal(call('test.py', config, 'weights.pth'))
-    assert 'mmdet' in line and str(fake_toolboxes / 'mmdet/.mim/tools/test.py') in line
+    assert line.startswith('mmlavit: mmdet is installed without its tools')
+    assert str(fake_toolboxes / 'mmdet/.mim/tools/test.py') in line
 
 
 def test_remains_of_a_toolbox(call, monkeypatch, tmp_path):
@@ -403,7 +408,7 @@ def test_torchrun(tmp_path):
         None,
         f'_base_ = {str(SHAPES_CONFIG)!r}',
         f'custom_imports = dict(imports={imports})',
-        "model_wrapper_cfg = dict(type='MMDistributedDataParallel')",
+        "model_wrapper_cfg = dict(type='MMDistributedDataParallel', device_ids=None)",
     )
     data = make_shapes(tmp_path / 'shapes', 16, 2)
     result = run_tool(
@@ -414,7 +419,7 @@ def test_torchrun(tmp_path):
         *('train_cfg.max_epochs=2', 'train_cfg.val_interval=2', 'default_hooks.logger.interval=1'),
         cwd=tmp_path,
         path=[tmp_path],
-        launcher=['-m', 'torch.distributed.run', '--nproc_per_node=2', '--master_port=0'],
+        launcher=['-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2'],
         CUDA_VISIBLE_DEVICES='',
     )
     assert_ran(result)

@@ -13,16 +13,11 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from mmcv.ops import roi_align
+from mmdet.models.necks import FPN
+from mmdet.models.roi_heads.roi_extractors import SingleRoIExtractor
 
-from mmlavit.compat import repair_torchvision
-
-repair_torchvision()
-
-from mmcv.ops import roi_align  # noqa: E402
-from mmdet.models.necks import FPN  # noqa: E402
-from mmdet.models.roi_heads.roi_extractors import SingleRoIExtractor  # noqa: E402
-
-from mmlavit import LaViT  # noqa: E402
+from mmlavit import LaViT
 
 DIMS = (32, 64, 160, 320)
 STRIDES = (4, 8, 16, 32)
@@ -45,6 +40,11 @@ def layouts(x: torch.Tensor) -> dict[str, torch.Tensor]:
         'one image for all': x[:1].expand(n, c, h, w),
         'grey': x[:, :1].expand(n, c, h, w),
     }
+
+
+def seed(number: int) -> None:
+    print(f'seed {number}')
+    torch.manual_seed(number)
 
 
 LAYOUTS = list(layouts(torch.zeros(2, 3, 4, 4)))
@@ -97,7 +97,7 @@ def naive_extract(pyramid: list[torch.Tensor], rois: torch.Tensor) -> torch.Tens
 
 
 def make_neck(dims: list[int]) -> FPN:
-    torch.manual_seed(1)
+    seed(1)
     neck = FPN(dims, CHANNELS, len(dims))
     neck.init_weights()
     return neck
@@ -109,7 +109,7 @@ def make_extractor(strides) -> SingleRoIExtractor:
 
 
 def make_backbone(**kwargs) -> LaViT:
-    torch.manual_seed(0)
+    seed(0)
     return LaViT('nano', **kwargs)
 
 
@@ -153,7 +153,7 @@ def check_roi_features(maps, height: int, width: int, out_indices=(0, 1, 2, 3)) 
 @pytest.mark.parametrize('layout', LAYOUTS)
 @pytest.mark.parametrize('mode', ['eval', 'train', 'train with_cp'])
 def test_every_layout_of_the_images(layout, mode):
-    torch.manual_seed(2)
+    seed(2)
     images = layouts(torch.randn(2, 3, 45, 71))[layout]
     backbone = make_backbone(with_cp='with_cp' in mode, drop_path_rate=0.0)
     backbone.train('train' in mode)
@@ -168,7 +168,7 @@ def test_every_layout_of_the_images(layout, mode):
 @pytest.mark.parametrize('layout', LAYOUTS)
 def test_batch_of_one_and_dropped_paths(layout):
     """Strides are ambiguous where an axis has one element; stochastic depth goes other ways."""
-    torch.manual_seed(3)
+    seed(3)
     images = layouts(torch.randn(1, 3, 52, 64))[layout]
     check_roi_features(make_backbone(drop_path_rate=0.5).train()(images), 52, 64)
 
@@ -177,7 +177,7 @@ def test_batch_of_one_and_dropped_paths(layout):
 @pytest.mark.parametrize('layout', ['contiguous', 'channels_last'])
 def test_every_size(size, layout):
     """Maps that are padded to windows, and maps of a single row, column or token."""
-    torch.manual_seed(4)
+    seed(4)
     images = layouts(torch.randn(2, 3, *size))[layout]
     check_roi_features(make_backbone().eval()(images), *size)
 
@@ -188,7 +188,7 @@ def test_every_size(size, layout):
     ids=str,
 )
 def test_every_choice_of_stages(out_indices):
-    torch.manual_seed(5)
+    seed(5)
     images = torch.randn(2, 3, 50, 40).contiguous(memory_format=torch.channels_last)
     maps = make_backbone(out_indices=out_indices).eval()(images)
     assert [m.shape[1] for m in maps] == [DIMS[i] for i in out_indices]
@@ -198,7 +198,7 @@ def test_every_choice_of_stages(out_indices):
 @pytest.mark.parametrize('window_sizes', [(8, 8, 8, 8), (14, 14, 14, 7), (16, 8, 4, 2)], ids=str)
 def test_backbone_itself_in_channels_last(window_sizes):
     """Only the backbone: in a whole detector so converted, FPN would still feed RoIAlign noise."""
-    torch.manual_seed(6)
+    seed(6)
     images = torch.randn(2, 3, 61, 80)
     plain = make_backbone(window_sizes=window_sizes).eval()
     converted = copy.deepcopy(plain).to(memory_format=torch.channels_last)
@@ -210,7 +210,7 @@ def test_backbone_itself_in_channels_last(window_sizes):
 
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16], ids=str)
 def test_autocast(dtype):
-    torch.manual_seed(7)
+    seed(7)
     images = torch.randn(2, 3, 45, 71).contiguous(memory_format=torch.channels_last)
     with torch.autocast('cpu', dtype):
         maps = make_backbone().train()(images)
@@ -222,7 +222,7 @@ def test_autocast(dtype):
 @pytest.mark.parametrize('layout', LAYOUTS)
 def test_gradients(layout, with_cp):
     """RoIAlign's backward pass reads memory, too; what reaches the weights must be right."""
-    torch.manual_seed(8)
+    seed(8)
     images = layouts(torch.randn(2, 3, 45, 71))[layout]
     backbone = make_backbone(with_cp=with_cp, drop_path_rate=0.0).train()
     double = copy.deepcopy(backbone).double()
@@ -252,7 +252,7 @@ def test_naive_roi_align_on_a_plane():
 
 def test_why_roi_align_reads_raw_memory():
     """The reason for all this. On channels_last it sees what lies in memory, taken as NCHW."""
-    torch.manual_seed(9)
+    seed(9)
     feature = torch.randn(2, CHANNELS, 9, 13, dtype=torch.float64)
     turned = feature.contiguous(memory_format=torch.channels_last)
     rois = torch.tensor([[0, 2.0, 1.0, 9.0, 7.0], [1, 0.0, 3.0, 12.0, 8.0]], dtype=torch.float64)

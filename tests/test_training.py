@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import re
 import shutil
 from collections.abc import Iterator
@@ -129,8 +130,8 @@ def test_validation_is_logged_and_the_best_checkpoint_kept(run):
 
 def test_test_py_prints_the_same_coco_metrics(run):
     result = run_tool(
-        *('test.py', SHAPES_CONFIG, run.checkpoint, '--work-dir', 'tested', '--cfg-options'),
-        *shapes_options(run.data),
+        *('test.py', SHAPES_CONFIG, run.checkpoint, '--work-dir', 'tested', '--out', 'found.pkl'),
+        *('--show-dir', 'pictures', '--cfg-options', *shapes_options(run.data)),
         cwd=run.folder,
     )
     assert_ran(result)
@@ -139,6 +140,10 @@ def test_test_py_prints_the_same_coco_metrics(run):
     validated = [line for line in run.log if METRICS[0] in line][-1]
     for name in METRICS:
         assert printed[name] == pytest.approx(validated[name], abs=1e-3), name
+    with open(run.folder / 'found.pkl', 'rb') as source:
+        found = pickle.load(source)
+    assert sorted(prediction['img_id'] for prediction in found) == [1, 2, 3, 4]
+    assert len(list((run.folder / 'tested').glob('*/pictures/*.jpg'))) == 4
 
 
 def test_resume_continues(run):
