@@ -5,6 +5,9 @@ DEMO_ARGS ?=
 
 BIN := $(VENV)/bin/python
 
+# Waiting threads that spin make everything several times slower where cores are shared.
+export OMP_WAIT_POLICY ?= PASSIVE
+
 .DEFAULT_GOAL := help
 .PHONY: help install test lint format demo
 

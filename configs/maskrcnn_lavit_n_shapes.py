@@ -11,9 +11,9 @@ model = dict(
         anchor_generator=dict(scales=[5], strides=[4, 8, 16, 32]),
     ),
     roi_head=dict(
-        bbox_roi_extractor=dict(out_channels=64),
-        bbox_head=dict(in_channels=64, fc_out_channels=256, num_classes=3),
-        mask_roi_extractor=dict(out_channels=64),
+        bbox_roi_extractor=dict(out_channels=64, roi_layer=dict(sampling_ratio=2)),
+        bbox_head=dict(in_channels=64, fc_out_channels=512, num_classes=3),
+        mask_roi_extractor=dict(out_channels=64, roi_layer=dict(sampling_ratio=1)),
         mask_head=dict(in_channels=64, conv_out_channels=32, num_classes=3, norm_cfg=norm_cfg),
     ),
     train_cfg=dict(

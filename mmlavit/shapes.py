@@ -36,7 +36,7 @@ CLASSES = ('circle', 'square', 'triangle')
 GENERATOR = {'name': 'mmlavit.shapes', 'version': 1}
 
 MIN_SIZE = 32  # below it the smallest triangle is a few pixels that look like anything
-RADIUS = (0.14, 0.24)  # of the disc of equal area, as a share of the image side
+RADIUS = (0.16, 0.28)  # of the disc of equal area, as a share of the image side
 MIN_VISIBLE = 0.5  # of every shape, after the shapes drawn over it
 MIN_PART = 6  # pixels; a smaller visible fragment is no fair target for a detector
 MIN_CONTRAST = 70.0  # distance in BGR between a shape and what it must stand out from
@@ -80,7 +80,7 @@ class ShapesRecipe:
     num_train: int = 1000
     num_val: int = 100
     size: int = 96
-    max_shapes: int = 4
+    max_shapes: int = 3
     seed: int = 0
 
     def __post_init__(self) -> None:
