@@ -1,7 +1,6 @@
 PYTHON ?= python3
 VENV ?= .venv
 SLOW ?=
-DEMO_ARGS ?=
 
 BIN := $(VENV)/bin/python
 
@@ -15,7 +14,6 @@ help:
 	@echo 'make install   everything into $(VENV), at the versions of constraints.txt; resumes, and'
 	@echo '               returns at once when there is nothing to do'
 	@echo 'make demo      install, train Mask R-CNN on made-up shapes, evaluate it, draw pictures'
-	@echo '               (options of tools/demo.py: DEMO_ARGS="...")'
 	@echo 'make test      install, lint, and the tests; SLOW=1 adds the long ones'
 	@echo 'make lint      what Ruff has to say'
 	@echo 'make format    let Ruff fix and format'
@@ -39,4 +37,4 @@ format: install
 	$(BIN) -m ruff format .
 
 demo: install
-	$(BIN) tools/demo.py $(DEMO_ARGS)
+	$(BIN) tools/demo.py
