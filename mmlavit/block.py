@@ -137,12 +137,10 @@ class Block(nn.Module):
         return x, scores
 
     def add_position(self, x: Tensor) -> Tensor:
-        """``x + conv(x)`` over the map (B, H, W, C), with the shortcut inside the kernel."""
-        shortcut = F.pad(self.pos_conv.weight.new_ones(1, 1, 1, 1), (1, 1, 1, 1))
-        weight = self.pos_conv.weight + shortcut
-        x = x.permute(0, 3, 1, 2)
-        x = F.conv2d(x, weight, self.pos_conv.bias, padding=1, groups=x.shape[1])
-        return x.permute(0, 2, 3, 1)
+        """``x + conv(x)`` over the map of tokens (B, H, W, embed_dims)."""
+        branch = self.pos_conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        # In place, unless autocast made the branch narrower than the stream, which must stay wide.
+        return branch.add_(x) if branch.dtype == x.dtype else x + branch
 
 
 def is_traced() -> bool:

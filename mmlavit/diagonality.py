@@ -86,6 +86,8 @@ class DiagonalityLossHook(Hook):
         TypeError: If ``loss_weight`` is not a number.
         ValueError: If it is negative or not finite, or, when training starts, if the model holds no
             LaViT with a trainable less-attention layer.
+        RuntimeError: In training, if such layers run without gradients, as under MMEngine's
+            reentrant ``activation_checkpointing``, or not at all.
     """
 
     def __init__(self, loss_weight: float = 1.0) -> None:

@@ -183,6 +183,20 @@ def test_a_block_gives_the_same_with_and_without_gradients():
     assert torch.equal(x, kept), 'the input must stay as it was'
 
 
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+def test_autocast_does_not_narrow_the_stream_between_layers(dtype):
+    """Branches are computed in low precision; what they are added to keeps its own."""
+    grid = WindowGrid(6, 5, 4)
+    block = noisy(Block(DIMS, VanillaAttention(DIMS, HEADS), 2)).float()
+    x = images(1, 6, 5, DIMS).to(dtype)
+    with torch.no_grad():
+        expected = block(x.float(), grid, None)[0]
+        with torch.autocast('cpu', dtype=torch.bfloat16):
+            out = block(x, grid, None)[0]
+    assert out.dtype == dtype
+    torch.testing.assert_close(out.float(), expected, rtol=0.1, atol=0.1)
+
+
 def test_gradcheck():
     """Numerical gradients of a vanilla layer, a residual and a less-attention layer, padded."""
     prev, grid = WindowGrid(5, 3, 2), WindowGrid(3, 2, 2)
