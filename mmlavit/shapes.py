@@ -77,7 +77,7 @@ class ShapesRecipe:
         ValueError: If a value is too small.
     """
 
-    num_train: int = 1000
+    num_train: int = 2000
     num_val: int = 100
     size: int = 96
     max_shapes: int = 3

@@ -449,7 +449,7 @@ class TestTool:
         with pytest.raises(SystemExit):
             load_tool().main(['--help'])
         text = ' '.join(capsys.readouterr().out.split())
-        for default in ('data/shapes', '1000', '100', '96', '4', '0'):
+        for default in ('data/shapes', '2000', '100', '96', '3', '0'):
             assert f'(default: {default})' in text
 
 
