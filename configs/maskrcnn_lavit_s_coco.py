@@ -8,8 +8,8 @@ _base_ = [
 custom_imports = dict(imports=['mmlavit'])
 
 model = dict(
-    # To start from a pretrained classifier:
-    # --cfg-options model.backbone.init_cfg.checkpoint=PATH
+    # To start from a pretrained classifier, --cfg-options model.backbone.init_cfg.type=Pretrained
+    # model.backbone.init_cfg.prefix=backbone. model.backbone.init_cfg.checkpoint=PATH
     backbone=dict(_delete_=True, type='LaViT', arch='small', drop_path_rate=0.2),
     neck=dict(in_channels=[64, 128, 320, 640]),
 )

@@ -1,6 +1,8 @@
 """What the packages around mmlavit get wrong, and what it says when one is missing."""
 
 import importlib
+import importlib.metadata
+import importlib.util
 import sys
 
 import torch
@@ -75,3 +77,19 @@ def repair_torchvision() -> bool:
     _declarations.append(library)
     importlib.import_module('torchvision')
     return True
+
+
+def repair_config_bases() -> None:
+    """Let configs inherit from `mmseg::...` whichever distribution provides mmseg.
+
+    MMEngine looks for a base config in the distribution that it knows a package by; for mmseg that
+    is the original name alone. Where only onedl-mmsegmentation is installed, it is told to look for
+    the package itself.
+    """
+    from mmengine.config.utils import MODULE2PACKAGE
+
+    try:
+        importlib.metadata.distribution(MODULE2PACKAGE['mmseg'])
+    except importlib.metadata.PackageNotFoundError:
+        if importlib.util.find_spec('mmseg') is not None:
+            MODULE2PACKAGE['mmseg'] = 'mmseg'

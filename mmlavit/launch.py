@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import NoReturn
 
-from .compat import repair_torchvision
+from .compat import repair_config_bases, repair_torchvision
 
 # The packages whose scripts we hand over to, under the name that configs call their scope, and the
 # distributions that provide them, maintained and original.
@@ -56,12 +56,17 @@ def read_scope(config: Path) -> str:
 
     if not config.is_file():
         raise LaunchError(f'config file not found: {config}')
-    for package in re.findall(r"['\"](\w+)::", config.read_text(encoding='utf-8')):
-        require_package(package)
+    repair_torchvision()
+    repair_config_bases()
     try:
         scope = Config.fromfile(config).get('default_scope')
     except Exception as error:
         reason = ' '.join(str(error).split()) or type(error).__name__
+        # MMEngine names the distribution, or the package where both have one name.
+        if missing := re.match(r'(\S+) is not installed', reason):
+            for package, names in PACKAGES.items():
+                if missing[1] in (package, *names):
+                    require_package(package)
         raise LaunchError(f'cannot read {config}: {reason}') from error
     if scope not in PACKAGES:
         raise LaunchError(
@@ -69,6 +74,12 @@ def read_scope(config: Path) -> str:
             "example by inheriting from 'mmdet::_base_/default_runtime.py'"
         )
     return scope
+
+
+def is_installed(package: str) -> bool:
+    """Whether a package can be imported; a folder without ``__init__.py`` is the remains of one."""
+    spec = find_spec(package)
+    return spec is not None and spec.origin is not None
 
 
 def require_package(package: str) -> None:
@@ -80,7 +91,7 @@ def require_package(package: str) -> None:
     Raises:
         LaunchError: If it is not.
     """
-    if find_spec(package) is None:
+    if not is_installed(package):
         names = ' or '.join(PACKAGES.get(package, (package,)))
         raise LaunchError(f'this config needs {package}, which is not installed; install {names}')
 
@@ -102,7 +113,7 @@ def find_script(name: str, argv: list[str]) -> Path:
     """
     config = find_config(argv)
     if config is None:
-        package = next((p for p in PACKAGES if find_spec(p)), None)
+        package = next(filter(is_installed, PACKAGES), None)
         if package is None:
             raise LaunchError(
                 f"none of {list(PACKAGES)} is installed; pip install 'mmlavit[onedl]' brings them"
@@ -133,16 +144,27 @@ def main(name: str) -> None:
     try:
         runpy.run_path(str(script), run_name='__main__')
     except FileNotFoundError as error:
-        # Data or a checkpoint that is not there. MMEngine's original build function drops
-        # `filename`, and a data loader's worker sends a whole traceback, which is left as it is.
-        found = error.filename or re.search(r"No such file or directory: '([^'\n]+)'\Z", str(error))
-        if not found:
+        path = error.filename or _path_in(str(error))
+        if path is None:
             raise
-        path = found if isinstance(found, str) else found[1]
         _fail(
             f'file not found: {path} (looked for in {Path.cwd()}); if it belongs to a data set, '
             'README.md, section "Data", says how to get it and where it goes'
         )
+
+
+def _path_in(message: str) -> str | None:
+    """The path in the message of a FileNotFoundError that MMEngine raised or wrapped.
+
+    A data loader's worker sends a whole traceback, which is left as it is.
+    """
+    wordings = (
+        r".*No such file or directory: '([^'\n]+)'",
+        r'file "(.+)" does not exist',
+        r'(.+) can not be found\.',
+    )
+    found = re.fullmatch('|'.join(wordings), message)
+    return found and next(filter(None, found.groups()))
 
 
 def _fail(message: str) -> NoReturn:

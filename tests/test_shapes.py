@@ -413,7 +413,7 @@ class TestTool:
         assert re.search(r'train +4 images', done.stdout)
         assert '6/6' in done.stderr  # the progress bar
         recipe = read_manifest(out)['recipe']
-        assert recipe == {'num_train': 4, 'num_val': 2, 'size': 32, 'max_shapes': 4, 'seed': 3}
+        assert recipe == {'num_train': 4, 'num_val': 2, 'size': 32, 'max_shapes': 3, 'seed': 3}
 
         refused = subprocess.run(command, capture_output=True, text=True)
         assert refused.returncode == 2
