@@ -49,11 +49,13 @@ TASKS = (Task('inference', (1, 3, 800, 1280)), Task('training', (2, 3, 512, 512)
 
 def step(model: nn.Module, x: Tensor, task: Task) -> None:
     """Run a task once."""
+    # On its own line: mmdet's Swin returns nothing from train().
+    model.train(task.name == 'training')
     if task.name == 'inference':
         with torch.no_grad():
-            model.eval()(x)
+            model(x)
         return
-    sum(m.mean() for m in model.train()(x)).backward()
+    sum(m.mean() for m in model(x)).backward()
     model.zero_grad()
 
 
@@ -90,7 +92,9 @@ def peak_memory(name: str, task: Task) -> float:
     Returns:
         Growth of the peak resident set size, in MiB.
     """
-    with multiprocessing.get_context('spawn').Pool(1) as pool:
+    # Linux hands the peak of a process on to what it starts with exec, as 'spawn' does; the child of
+    # a server begins anew.
+    with multiprocessing.get_context('forkserver').Pool(1) as pool:
         return pool.apply(_peak_memory, (name, task))
 
 
