@@ -9,9 +9,9 @@ from __future__ import annotations
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .linear import Linear, linear
 from .windows import WindowGrid
 
 
@@ -34,7 +34,7 @@ class WindowAttention(nn.Module):
     ) -> None:
         super().__init__()
         self.num_heads = num_heads
-        self.proj = nn.Linear(embed_dims, embed_dims)
+        self.proj = Linear(embed_dims, embed_dims)
         self.attn_drop = nn.Dropout(attn_drop_rate)
         self.proj_drop = nn.Dropout(drop_rate)
 
@@ -76,7 +76,7 @@ class VanillaAttention(WindowAttention):
     ) -> None:
         super().__init__(embed_dims, num_heads, attn_drop_rate, drop_rate)
         self.scale = 1 / math.sqrt(embed_dims // num_heads)
-        self.qkv = nn.Linear(embed_dims, 3 * embed_dims, bias=qkv_bias)
+        self.qkv = Linear(embed_dims, 3 * embed_dims, bias=qkv_bias)
 
     def forward(
         self, x: Tensor, grid: WindowGrid, residual: Tensor | None = None
@@ -126,7 +126,7 @@ class LessAttention(WindowAttention):
         drop_rate: float = 0.0,
     ) -> None:
         super().__init__(embed_dims, num_heads, attn_drop_rate, drop_rate)
-        self.v = nn.Linear(embed_dims, embed_dims, bias=qkv_bias)
+        self.v = Linear(embed_dims, embed_dims, bias=qkv_bias)
         self.psi = nn.Parameter(torch.eye(window**2))
         self.theta = nn.Parameter(torch.eye(window**2))
 
@@ -165,8 +165,8 @@ def two_sided_linear(scores: Tensor, psi: Tensor, theta: Tensor) -> Tensor:
         Tensor (windows, heads, n, n), possibly a transposed view.
     """
     if scores.is_contiguous():
-        return F.linear(F.linear(scores, theta).mT.contiguous(), psi).mT
-    return F.linear(F.linear(scores.mT, psi).mT.contiguous(), theta)
+        return linear(linear(scores, theta).mT.contiguous(), psi).mT
+    return linear(linear(scores.mT, psi).mT.contiguous(), theta)
 
 
 def mask_keys(scores: Tensor, grid: WindowGrid) -> Tensor:

@@ -92,8 +92,8 @@ def peak_memory(name: str, task: Task) -> float:
     Returns:
         Growth of the peak resident set size, in MiB.
     """
-    # Linux hands the peak of a process on to what it starts with exec, as 'spawn' does; the child of
-    # a server begins anew.
+    # Linux hands the peak of a process on to what it starts with exec, as 'spawn' does; the child
+    # of a server begins anew.
     with multiprocessing.get_context('forkserver').Pool(1) as pool:
         return pool.apply(_peak_memory, (name, task))
 

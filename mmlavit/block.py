@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .attention import LessAttention, VanillaAttention
+from .linear import Linear, is_traced
 from .windows import WindowGrid, pad_map
 
 # Hidden activations of so many tokens fit the second-level cache of current CPUs.
@@ -78,8 +79,8 @@ class MLP(nn.Module):
 
     def __init__(self, embed_dims: int, hidden_dims: int, drop_rate: float = 0.0) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(embed_dims, hidden_dims)
-        self.fc2 = nn.Linear(hidden_dims, embed_dims)
+        self.fc1 = Linear(embed_dims, hidden_dims)
+        self.fc2 = Linear(hidden_dims, embed_dims)
         self.drop = nn.Dropout(drop_rate)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -141,8 +142,3 @@ class Block(nn.Module):
         branch = self.pos_conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
         # In place, unless autocast made the branch narrower than the stream, which must stay wide.
         return branch.add_(x) if branch.dtype == x.dtype else x + branch
-
-
-def is_traced() -> bool:
-    """Whether the code is being recorded rather than run, when sizes must not become constants."""
-    return torch.jit.is_tracing() or torch.compiler.is_compiling()
