@@ -18,10 +18,10 @@ model = dict(
     ),
     train_cfg=dict(
         rpn=dict(sampler=dict(num=64)),
-        rpn_proposal=dict(nms_pre=500, max_per_img=100),
-        rcnn=dict(sampler=dict(num=64)),
+        rpn_proposal=dict(nms_pre=200, max_per_img=50),
+        rcnn=dict(sampler=dict(num=32)),
     ),
-    test_cfg=dict(rpn=dict(nms_pre=500, max_per_img=50), rcnn=dict(max_per_img=20)),
+    test_cfg=dict(rpn=dict(nms_pre=200, max_per_img=50), rcnn=dict(max_per_img=20)),
 )
 
 shapes = dict(
@@ -59,11 +59,11 @@ test_dataloader = val_dataloader
 val_evaluator = dict(ann_file='data/shapes/coco/annotations/instances_val2017.json')
 test_evaluator = val_evaluator
 
-train_cfg = dict(max_epochs=6, val_interval=1)
+train_cfg = dict(max_epochs=5, val_interval=1)
 param_scheduler = [
     dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=100),
     dict(
-        type='CosineAnnealingLR', by_epoch=True, T_max=6, eta_min=1e-5, convert_to_iter_based=True
+        type='CosineAnnealingLR', by_epoch=True, T_max=5, eta_min=1e-5, convert_to_iter_based=True
     ),
 ]
 optim_wrapper = dict(optimizer=dict(lr=1e-3), clip_grad=dict(max_norm=5.0))

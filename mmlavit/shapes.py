@@ -33,13 +33,13 @@ from tqdm import tqdm
 CLASSES = ('circle', 'square', 'triangle')
 
 # Raise it whenever the same recipe would give other files: it is part of the data set's identity.
-GENERATOR = {'name': 'mmlavit.shapes', 'version': 1}
+GENERATOR = {'name': 'mmlavit.shapes', 'version': 2}
 
 MIN_SIZE = 32  # below it the smallest triangle is a few pixels that look like anything
 RADIUS = (0.16, 0.28)  # of the disc of equal area, as a share of the image side
-MIN_VISIBLE = 0.5  # of every shape, after the shapes drawn over it
+MIN_VISIBLE = 0.7  # of every shape, after the shapes drawn over it
 MIN_PART = 6  # pixels; a smaller visible fragment is no fair target for a detector
-MIN_CONTRAST = 70.0  # distance in BGR between a shape and what it must stand out from
+MIN_CONTRAST = 90.0  # distance in BGR between a shape and what it must stand out from
 TRIES = 40  # places tried for a shape before the image counts as full
 SUPERSAMPLE = 4  # sub-pixels per axis from which the coverage of edge pixels is measured
 JPEG_QUALITY = 95
@@ -77,7 +77,7 @@ class ShapesRecipe:
         ValueError: If a value is too small.
     """
 
-    num_train: int = 2000
+    num_train: int = 3000
     num_val: int = 100
     size: int = 96
     max_shapes: int = 3
@@ -168,7 +168,7 @@ def draw_image(
         shade = _texture(rng, size, amplitude=rng.uniform(4, 14))
         alpha = coverage[..., None]
         canvas = canvas * (1 - alpha) + (colours[-1] + shade) * alpha
-    canvas = canvas + rng.normal(0, rng.uniform(3, 12), canvas.shape)
+    canvas = canvas + rng.normal(0, rng.uniform(2, 8), canvas.shape)
     return np.clip(canvas.round(), 0, 255).astype(np.uint8), instances
 
 

@@ -336,8 +336,10 @@ class TestOverwriting:
 
     def test_refuses_another_generator_version(self, tmp_path, monkeypatch):
         make_shapes(tmp_path, self.OTHER, progress=False)
+        before = shapes.GENERATOR['version']
         monkeypatch.setitem(shapes.GENERATOR, 'version', 99)
-        with pytest.raises(FileExistsError, match='generator version is 1 there and 99 here'):
+        message = f'generator version is {before} there and 99 here'
+        with pytest.raises(FileExistsError, match=message):
             make_shapes(tmp_path, self.OTHER, progress=False)
 
     @pytest.mark.parametrize('smaller', [True, False])
@@ -449,7 +451,7 @@ class TestTool:
         with pytest.raises(SystemExit):
             load_tool().main(['--help'])
         text = ' '.join(capsys.readouterr().out.split())
-        for default in ('data/shapes', '2000', '100', '96', '3', '0'):
+        for default in ('data/shapes', '3000', '100', '96', '3', '0'):
             assert f'(default: {default})' in text
 
 

@@ -1,0 +1,79 @@
+"""The linear layer by whichever route: the same numbers, values and gradients."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from mmlavit import LaViT
+from mmlavit.linear import Linear, linear, prefers_convolution
+
+SHAPES = [(1, 5), (7, 3), (2, 3, 4, 6), (1, 1, 1, 9), (2, 24, 24, 32), (5, 2, 16, 16)]
+
+
+def inputs(shape: tuple[int, ...], out: int, dtype: torch.dtype) -> list[torch.Tensor]:
+    print('seed 0')
+    torch.manual_seed(0)
+    shapes = (shape, (out, shape[-1]), (out,))
+    return [torch.randn(s, dtype=dtype, requires_grad=True) for s in shapes]
+
+
+@pytest.mark.parametrize('out', [1, 8, 33])
+@pytest.mark.parametrize('shape', SHAPES, ids=str)
+@pytest.mark.parametrize('biased', [True, False])
+def test_values_and_gradients_are_those_of_float64(shape, out, biased):
+    x, weight, bias = inputs(shape, out, torch.float64)
+    args = (x, weight, bias) if biased else (x, weight)
+    expected = F.linear(*args)
+    grad = torch.randn_like(expected)
+    wanted = torch.autograd.grad(expected, args, grad)
+    single = [a.detach().float().requires_grad_() for a in args]
+    got = linear(*single)
+    assert got.shape == expected.shape and got.dtype == torch.float32
+    torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-5)
+    for a, b in zip(torch.autograd.grad(got, single, grad.float()), wanted, strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    'view',
+    [
+        lambda x: x.mT,
+        lambda x: x[:, ::2],
+        lambda x: x[:, 1:, 1:],
+        lambda x: x.permute(2, 1, 0),
+        lambda x: x[:1].expand(4, -1, -1),
+    ],
+)
+def test_views(view):
+    x, weight, bias = inputs((4, 9, 9), 5, torch.float32)
+    x = view(x)
+    weight = weight[:, : x.shape[-1]]
+    expected = F.linear(x.double(), weight.double(), bias.double())
+    torch.testing.assert_close(linear(x, weight, bias).double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize('dtype', [torch.float64, torch.bfloat16, torch.float16])
+def test_other_types_take_pytorchs_route(dtype):
+    x, weight, bias = inputs((3, 4), 5, dtype)
+    assert not prefers_convolution(x)
+    assert torch.equal(linear(x, weight, bias), F.linear(x, weight, bias))
+
+
+def test_the_fast_route_is_taken_where_it_can_be(monkeypatch):
+    x = torch.zeros(2, 3)
+    assert prefers_convolution(x) == torch.backends.mkldnn.is_available()
+    monkeypatch.setattr(torch.backends.mkldnn, 'is_available', lambda: False)
+    assert not prefers_convolution(x)
+
+
+def test_recorded_as_a_plain_linear_layer():
+    """What is exported holds no detour that pays only here."""
+    traced = torch.jit.trace(Linear(4, 3), torch.zeros(2, 4))
+    kinds = {node.kind() for node in traced.inlined_graph.nodes()}
+    assert 'aten::linear' in kinds and 'aten::_convolution' not in kinds
+
+
+def test_every_linear_layer_of_the_backbone_is_one():
+    layers = [m for m in LaViT('nano').modules() if isinstance(m, nn.Linear)]
+    assert layers and all(isinstance(m, Linear) for m in layers)
