@@ -4,27 +4,16 @@ _base_ = [
     'mmdet::_base_/datasets/coco_instance.py',
     'mmdet::_base_/schedules/schedule_1x.py',
     'mmdet::_base_/default_runtime.py',
+    './_base_/lavit.py',
 ]
-custom_imports = dict(imports=['mmlavit'])
 
 model = dict(
-    # To start from a pretrained classifier, --cfg-options model.backbone.init_cfg.type=Pretrained
-    # model.backbone.init_cfg.prefix=backbone. model.backbone.init_cfg.checkpoint=PATH
+    # To start from a pretrained classifier: --cfg-options model.backbone.init_cfg.checkpoint=PATH
     backbone=dict(_delete_=True, type='LaViT', arch='small', drop_path_rate=0.2),
     neck=dict(in_channels=[64, 128, 320, 640]),
 )
 
 optim_wrapper = dict(
     optimizer=dict(_delete_=True, type='AdamW', lr=1e-4, betas=(0.9, 0.999), weight_decay=0.05),
-    paramwise_cfg=dict(
-        norm_decay_mult=0.0,
-        bias_decay_mult=0.0,
-        custom_keys={
-            'layer_scale': dict(decay_mult=0.0),
-            'psi': dict(decay_mult=0.0),
-            'theta': dict(decay_mult=0.0),
-        },
-    ),
+    paramwise_cfg={{_base_.lavit_paramwise}},
 )
-
-custom_hooks = [dict(type='DiagonalityLossHook')]

@@ -107,7 +107,9 @@ class LaViT(BaseModule):
         with_cp: Recompute each layer in the backward pass to save memory. Defaults to False.
         init_cfg: As everywhere in MMEngine. ``dict(type='Pretrained', checkpoint=...,
             prefix='backbone.')`` loads the backbone of a classifier, detector or segmentor; weights
-            made for other ``window_sizes`` are resized. Defaults to None.
+            made for other ``window_sizes`` are resized. These type and prefix are what a dict
+            without a ``type`` gets, so ``--cfg-options model.backbone.init_cfg.checkpoint=...`` is
+            enough on a command line. Defaults to None.
 
     Raises:
         TypeError: If an argument is of the wrong type.
@@ -128,7 +130,7 @@ class LaViT(BaseModule):
         with_cp: bool = False,
         init_cfg: dict | list[dict] | None = None,
     ) -> None:
-        super().__init__(init_cfg=init_cfg)
+        super().__init__(init_cfg=_complete_init_cfg(init_cfg))
         arch = Arch.of(arch)
         window_sizes = per_stage_ints('window_sizes', window_sizes)
         for prev_window, window in zip(window_sizes[:-1], window_sizes[1:], strict=True):
@@ -286,6 +288,12 @@ class LaViT(BaseModule):
                     logger='current',
                 )
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def _complete_init_cfg(init_cfg: dict | list[dict] | None) -> dict | list[dict] | None:
+    if isinstance(init_cfg, Mapping) and 'type' not in init_cfg and 'checkpoint' in init_cfg:
+        return {'type': 'Pretrained', 'prefix': 'backbone.', **init_cfg}
+    return init_cfg
 
 
 def _check_int(name: str, value: object, minimum: int, maximum: int | None = None) -> int:

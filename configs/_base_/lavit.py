@@ -1,0 +1,14 @@
+# What every training of a LaViT has in common.
+custom_imports = dict(imports=['mmlavit'])
+custom_hooks = [dict(type='DiagonalityLossHook')]
+
+# For optim_wrapper.paramwise_cfg: no weight decay on norms, biases, LayerScale, Psi and Theta.
+lavit_paramwise = dict(
+    norm_decay_mult=0.0,
+    bias_decay_mult=0.0,
+    custom_keys={
+        'layer_scale': dict(decay_mult=0.0),
+        'psi': dict(decay_mult=0.0),
+        'theta': dict(decay_mult=0.0),
+    },
+)

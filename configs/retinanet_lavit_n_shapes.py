@@ -1,0 +1,66 @@
+# RetinaNet on the shapes data (tools/make_shapes.py), small enough for two CPU cores.
+_base_ = './retinanet_lavit_s_coco.py'
+
+norm_cfg = dict(type='GN', num_groups=8)
+model = dict(
+    data_preprocessor=dict(pad_size_divisor=32),
+    backbone=dict(arch='nano', drop_path_rate=0.0),
+    neck=dict(in_channels=[64, 160, 320], out_channels=64, num_outs=3, norm_cfg=norm_cfg),
+    bbox_head=dict(
+        num_classes=3,
+        in_channels=64,
+        feat_channels=64,
+        stacked_convs=2,
+        norm_cfg=norm_cfg,
+        anchor_generator=dict(strides=[8, 16, 32]),
+    ),
+)
+
+shapes = dict(
+    data_root='data/shapes/coco/', metainfo=dict(classes=('circle', 'square', 'triangle'))
+)
+train_dataloader = dict(
+    batch_size=8,
+    dataset=dict(
+        pipeline=[
+            dict(type='LoadImageFromFile'),
+            dict(type='LoadAnnotations', with_bbox=True),
+            dict(type='Resize', scale=(96, 96), keep_ratio=True),
+            dict(type='RandomFlip', prob=0.5),
+            dict(type='PackDetInputs'),
+        ],
+        **shapes,
+    ),
+)
+val_dataloader = dict(
+    batch_size=10,
+    dataset=dict(
+        pipeline=[
+            dict(type='LoadImageFromFile'),
+            dict(type='Resize', scale=(96, 96), keep_ratio=True),
+            dict(type='LoadAnnotations', with_bbox=True),
+            dict(
+                type='PackDetInputs',
+                meta_keys=('img_id', 'img_path', 'ori_shape', 'img_shape', 'scale_factor'),
+            ),
+        ],
+        **shapes,
+    ),
+)
+test_dataloader = val_dataloader
+val_evaluator = dict(ann_file='data/shapes/coco/annotations/instances_val2017.json')
+test_evaluator = val_evaluator
+
+train_cfg = dict(max_epochs=3, val_interval=1)
+param_scheduler = [
+    dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=100),
+    dict(
+        type='CosineAnnealingLR', by_epoch=True, T_max=3, eta_min=1e-5, convert_to_iter_based=True
+    ),
+]
+optim_wrapper = dict(optimizer=dict(lr=1e-3, weight_decay=0.05), clip_grad=dict(max_norm=5.0))
+default_hooks = dict(
+    logger=dict(interval=25),
+    checkpoint=dict(max_keep_ckpts=2, save_best='coco/bbox_mAP'),
+)
+randomness = dict(seed=0)

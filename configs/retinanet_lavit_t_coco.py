@@ -1,0 +1,6 @@
+_base_ = './retinanet_lavit_s_coco.py'
+
+model = dict(
+    backbone=dict(arch='tiny', drop_path_rate=0.1),
+    neck=dict(in_channels=[96, 240, 480]),
+)

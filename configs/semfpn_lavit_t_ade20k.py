@@ -1,0 +1,6 @@
+_base_ = './semfpn_lavit_s_ade20k.py'
+
+model = dict(
+    backbone=dict(arch='tiny', drop_path_rate=0.1),
+    neck=dict(in_channels=[48, 96, 240, 480]),
+)
