@@ -119,8 +119,7 @@ def test_the_demo_reaches_its_targets_and_resumes(tmp_path):
     assert 'going on from' in done.stdout
     metrics = json.loads(max((tmp_path / 'work_dirs/demo/test').glob('*/*.json')).read_text())
     for name, least in demo.MASK_RCNN.targets.items():
-        # Other machines round otherwise; the demo itself says whether the target was reached.
-        assert metrics[name] >= 0.85 * least, f'{name} = {metrics[name]}'
+        assert metrics[name] >= least, f'{name} = {metrics[name]}'
     for picture in ('curves.png', 'predictions.png'):
         assert cv2.imread(str(tmp_path / 'work_dirs/demo' / picture)) is not None
     again = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
