@@ -8,12 +8,14 @@ BIN := $(VENV)/bin/python
 export OMP_WAIT_POLICY ?= PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help install test lint format demo
+.PHONY: help install test lint format demo demo-seg demo-cls
 
 help:
 	@echo 'make install   everything into $(VENV), at the versions of constraints.txt; resumes, and'
 	@echo '               returns at once when there is nothing to do'
 	@echo 'make demo      install, train Mask R-CNN on made-up shapes, evaluate it, draw pictures'
+	@echo 'make demo-seg  the same with UPerNet and masks of classes'
+	@echo 'make demo-cls  the same with a classifier: which shape is the largest'
 	@echo 'make test      install, lint, and the tests; SLOW=1 adds the long ones'
 	@echo 'make lint      what Ruff has to say'
 	@echo 'make format    let Ruff fix and format'
@@ -38,3 +40,9 @@ format: install
 
 demo: install
 	$(BIN) tools/demo.py
+
+demo-seg: install
+	$(BIN) tools/demo.py seg
+
+demo-cls: install
+	$(BIN) tools/demo.py cls

@@ -6,11 +6,17 @@ both. So `pip install mmlavit` asks for torch and numpy only and never touches w
 `mmlavit[onedl]` and `mmlavit[openmmlab]` are for an environment that has neither.
 """
 
+import shutil
 from pathlib import Path
 
 from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
 
-README = Path(__file__).parent / 'README.md'
+ROOT = Path(__file__).parent
+README = ROOT / 'README.md'
+
+# Tools that work on the repository around them: its installer, its demo, the table of its README.
+REPOSITORY_TOOLS = ('setup_env.py', 'demo.py', 'config_table.py')
 
 # The maintained continuation. Tried together, in this order, with torch 2.13: 0.10.12, 2.3.6,
 # 3.5.1, 1.4.2, 1.3.6.
@@ -49,6 +55,27 @@ DEV = [
     'tqdm',
 ]
 
+
+class BuildWithConfigs(build_py):
+    """Adds configs and tools to the built package, in the folder .mim, where mim looks for them.
+
+    They are copied into the build folder alone, so the source tree has one of each. An editable
+    install has no such folder: there the repository itself is at hand.
+    """
+
+    def run(self) -> None:
+        """Build the package, then add the folder."""
+        super().run()
+        mim = Path(self.build_lib, 'mmlavit', '.mim')
+        # A config that an earlier build left in the build folder may be gone by now.
+        shutil.rmtree(mim, ignore_errors=True)
+        ignore = shutil.ignore_patterns('__pycache__', *REPOSITORY_TOOLS)
+        for folder in ('configs', 'tools'):
+            shutil.copytree(ROOT / folder, mim / folder, ignore=ignore)
+        for file in ('model-index.yml', 'README.md'):
+            shutil.copy(ROOT / file, mim)
+
+
 setup(
     name='mmlavit',
     version='0.1.0',
@@ -72,5 +99,6 @@ setup(
     packages=find_packages(include=['mmlavit', 'mmlavit.*']),
     install_requires=['torch>=2.1', 'numpy'],
     extras_require={'onedl': ONEDL, 'openmmlab': OPENMMLAB, 'dev': DEV},
+    cmdclass={'build_py': BuildWithConfigs},
     zip_safe=False,
 )

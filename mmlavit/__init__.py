@@ -1,15 +1,20 @@
 """mmlavit: the Less-Attention Vision Transformer (LaViT) as a backbone for OpenMMLab.
 
-Importing this package registers :class:`LaViT` and :class:`DiagonalityLossHook` in MMEngine.
+Importing this package registers :class:`LaViT` and :class:`DiagonalityLossHook` in MMEngine, and
+lets configs inherit from ``mmlavit::...`` (and, where MMEngine knows mmseg by another name, from
+``mmseg::...``).
 """
 
-from .compat import require_mmengine
+from .compat import repair_config_bases, require_mmengine, serve_config_bases
 
 require_mmengine()
 
 from .arch import ARCHS  # noqa: E402
 from .backbone import LaViT  # noqa: E402
 from .diagonality import DiagonalityLossHook, diagonality_preserving_loss  # noqa: E402
+
+repair_config_bases()
+serve_config_bases()
 
 __version__ = '0.1.0'
 __all__ = ['ARCHS', 'DiagonalityLossHook', 'LaViT', 'diagonality_preserving_loss']

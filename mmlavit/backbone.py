@@ -185,7 +185,10 @@ class LaViT(BaseModule):
                 nn.init.normal_(module.weight, std=math.sqrt(2 / fan_out))
             else:
                 continue
-            if module.bias is not None:
+            # Zero-padded patches would become zero tokens, which LayerNorm multiplies by
+            # 1 / sqrt(eps), layer after layer, in the backward pass. As in Swin, the first
+            # projection keeps the bias that PyTorch gave it.
+            if module.bias is not None and module is not self.patch_embed.proj:
                 nn.init.zeros_(module.bias)
 
     def _freeze_stages(self) -> None:

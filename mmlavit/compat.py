@@ -4,6 +4,7 @@ import importlib
 import importlib.metadata
 import importlib.util
 import sys
+from pathlib import Path
 
 import torch
 
@@ -93,3 +94,27 @@ def repair_config_bases() -> None:
     except importlib.metadata.PackageNotFoundError:
         if importlib.util.find_spec('mmseg') is not None:
             MODULE2PACKAGE['mmseg'] = 'mmseg'
+
+
+def serve_config_bases() -> None:
+    """Let configs inherit from `mmlavit::...`, as they do from the toolboxes.
+
+    MMEngine keeps a closed list of the packages that this works for, insists on a folder in the
+    name, and would mark all that is inherited with a scope that has no registry. So names that
+    start with `mmlavit::` are handed to it as plain paths: of the configs in the wheel or, where
+    the repository itself is installed (`pip install -e`), of its own.
+    """
+    from mmengine.config import Config
+
+    package = Path(__file__).parent
+    installed = package / '.mim' / 'configs'
+    configs = installed if installed.is_dir() else package.parent / 'configs'
+    find = Config._get_cfg_path
+
+    def find_ours_too(cfg_path: str, filename: str) -> tuple[str, str | None]:
+        scope, separator, name = cfg_path.partition('::')
+        if separator and scope == 'mmlavit':
+            return str(configs / name), None
+        return find(cfg_path, filename)
+
+    Config._get_cfg_path = staticmethod(find_ours_too)

@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import NoReturn
 
-from .compat import repair_config_bases, repair_torchvision
+from .compat import repair_torchvision
 
 # The packages whose scripts we hand over to, under the name that configs call their scope, and the
 # distributions that provide them, maintained and original.
@@ -57,7 +57,6 @@ def read_scope(config: Path) -> str:
     if not config.is_file():
         raise LaunchError(f'config file not found: {config}')
     repair_torchvision()
-    repair_config_bases()
     try:
         scope = Config.fromfile(config).get('default_scope')
     except Exception as error:

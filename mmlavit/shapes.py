@@ -38,6 +38,7 @@ GENERATOR = {'name': 'mmlavit.shapes', 'version': 2}
 MIN_SIZE = 32  # below it the smallest triangle is a few pixels that look like anything
 RADIUS = (0.16, 0.28)  # of the disc of equal area, as a share of the image side
 MIN_VISIBLE = 0.7  # of every shape, after the shapes drawn over it
+MIN_LEAD = 1.25  # of the largest shape's area over every other class's, as it names the image
 MIN_PART = 6  # pixels; a smaller visible fragment is no fair target for a detector
 MIN_CONTRAST = 90.0  # distance in BGR between a shape and what it must stand out from
 TRIES = 40  # places tried for a shape before the image counts as full
@@ -151,7 +152,8 @@ def draw_image(
 
     Returns:
         The image, ``(size, size, 3)`` uint8 in BGR order, and its 1 to ``max_shapes`` instances,
-        the lowest first. Every one lies within the image and shows at least half of itself.
+        the lowest first. Every one lies within the image and shows ``MIN_VISIBLE`` of itself, and
+        which class the largest is of is plain to see.
 
     Raises:
         TypeError: If ``size`` or ``max_shapes`` is not an int.
@@ -217,7 +219,8 @@ def _place_shapes(
             coverage = _random_shape(rng, size, CLASSES[label])
             mask = coverage >= 0.5
             below = [Instance(i.label, i.mask & ~mask) for i in instances]
-            if all(_well_visible(i.mask, area) for i, area in zip(below, areas, strict=True)):
+            visible = all(_well_visible(i.mask, area) for i, area in zip(below, areas, strict=True))
+            if visible and _has_largest([*below, Instance(label, mask)]):
                 break
         else:
             break
@@ -254,6 +257,13 @@ def _well_visible(visible: np.ndarray, whole_area: int) -> bool:
     # Polygons cannot have holes: where a shape has one, its polygons enclose too much.
     enclosed = [cv2.contourArea(part.astype(np.int32)) for part in parts]
     return sum(enclosed) == visible.sum() and min(enclosed) >= MIN_PART
+
+
+def _has_largest(instances: list[Instance]) -> bool:
+    """Whether nobody could take a shape of another class for the largest one."""
+    largest = max(instances, key=lambda instance: instance.area)
+    others = [i.area for i in instances if i.label != largest.label]
+    return not others or largest.area >= MIN_LEAD * max(others)
 
 
 def _outlines(mask: np.ndarray) -> list[np.ndarray]:

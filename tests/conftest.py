@@ -1,5 +1,39 @@
-"""What every test needs before it imports a toolbox."""
+"""What every test needs before it imports a toolbox, and the wheel that some look into."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
 
 from mmlavit.compat import repair_torchvision
 
 repair_torchvision()
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope='session')
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A clean copy of what distributions are made of; build them in copies of it."""
+    copy = tmp_path_factory.mktemp('source')
+    for name in ('setup.py', 'pyproject.toml', 'MANIFEST.in', 'LICENSE', 'README.md'):
+        shutil.copy(ROOT / name, copy)
+    shutil.copy(ROOT / 'model-index.yml', copy)
+    for name in ('mmlavit', 'configs', 'tools'):
+        shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns('__pycache__'))
+    return copy
+
+
+@pytest.fixture(scope='session')
+def wheel(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel that the source tree gives."""
+    tree = shutil.copytree(source, tmp_path_factory.mktemp('wheel') / 'source')
+    out = tree.parent
+    build = ['wheel', '--no-deps', '--no-build-isolation', '--no-index', '-w', str(out), '.']
+    ran = subprocess.run(
+        [sys.executable, '-m', 'pip', *build], cwd=tree, capture_output=True, text=True
+    )
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    return next(out.glob('*.whl'))

@@ -25,7 +25,6 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from mmlavit.attention import LessAttention
 from mmlavit.block import DropPath
-from mmlavit.compat import repair_config_bases
 
 CONFIGS = Path(__file__).resolve().parents[1] / 'configs'
 FILES = sorted(CONFIGS.glob('*.py'))
@@ -100,11 +99,6 @@ def letter(file: Path) -> str:
 def models_of(cfg: Config):
     importlib.import_module(f'{cfg.default_scope}.models')
     return importlib.import_module(f'{cfg.default_scope}.registry').MODELS
-
-
-@pytest.fixture(scope='module', autouse=True)
-def bases():
-    repair_config_bases()
 
 
 @pytest.fixture(scope='module', params=FILES, ids=lambda file: file.stem)

@@ -118,7 +118,7 @@ def test_the_demo_reaches_its_targets_and_resumes(tmp_path):
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert 'going on from' in done.stdout
     metrics = json.loads(max((tmp_path / 'work_dirs/demo/test').glob('*/*.json')).read_text())
-    for name, least in demo.MASK_RCNN.targets.items():
+    for name, least in demo.DEMOS['det'].targets.items():
         assert metrics[name] >= least, f'{name} = {metrics[name]}'
     for picture in ('curves.png', 'predictions.png'):
         assert cv2.imread(str(tmp_path / 'work_dirs/demo' / picture)) is not None

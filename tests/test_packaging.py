@@ -1,4 +1,8 @@
-"""What the wheel asks for: a user's MMEngine, MMCV and toolboxes are never touched."""
+"""What the distributions hold and ask for, and what the model index says of the configs.
+
+A user's MMEngine, MMCV and toolboxes are never touched, and no number of the paper's passes for
+ours.
+"""
 
 import email
 import json
@@ -7,11 +11,17 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
+import yaml
+from modelindex import load_model_index
+from modelindex.models.ModelIndex import ModelIndex
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from torch.utils.flop_counter import FlopCounterMode
 
 import mmlavit
 
@@ -35,25 +45,29 @@ OPENMMLAB = {
 }
 PROVIDERS = {*ONEDL, *OPENMMLAB, 'mmengine-lite', 'mmcv-full', 'mmcv-lite', 'mmcls'}
 
-
-@pytest.fixture(scope='module')
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The wheel, built from a copy so that the build leaves nothing in the source tree."""
-    source = tmp_path_factory.mktemp('source')
-    for name in ('setup.py', 'pyproject.toml', 'MANIFEST.in', 'LICENSE', 'README.md'):
-        if (ROOT / name).exists():
-            shutil.copy(ROOT / name, source)
-    for name in ('mmlavit', 'configs', 'tools', 'tests'):
-        if (ROOT / name).exists():
-            ignore = shutil.ignore_patterns('__pycache__')
-            shutil.copytree(ROOT / name, source / name, ignore=ignore)
-    out = tmp_path_factory.mktemp('wheel')
-    build = ['wheel', '--no-deps', '--no-build-isolation', '--no-index', '-w', str(out), '.']
-    ran = subprocess.run(
-        [sys.executable, '-m', 'pip', *build], cwd=source, capture_output=True, text=True
-    )
-    assert ran.returncode == 0, ran.stdout + ran.stderr
-    return next(out.glob('*.whl'))
+# Everything that the paper reports of what the configs repeat, and how the index has to call it.
+BY_THE_PAPER = 'Reported by the Paper'
+REPORTED = {
+    'lavit_t_imagenet': {'Top 1 Accuracy': 79.2},
+    'lavit_s_imagenet': {'Top 1 Accuracy': 82.6},
+    'lavit_b_imagenet': {'Top 1 Accuracy': 83.1},
+    'retinanet_lavit_t_coco': {'box AP': 46.2},
+    'retinanet_lavit_s_coco': {'box AP': 46.7},
+    'retinanet_lavit_t_3x_coco': {'box AP': 48.4},
+    'retinanet_lavit_s_3x_coco': {'box AP': 48.9},
+    'semfpn_lavit_s_ade20k': {'mIoU': 44.1},
+    'upernet_lavit_s_ade20k': {'mIoU': 47.2, 'mIoU Multi-Scale': 49.5},
+}
+REPORTED_SIZES = {
+    'lavit_t_imagenet': ('10.9M', '1.6G'),
+    'lavit_s_imagenet': ('22.4M', '3.3G'),
+    'lavit_b_imagenet': ('39.6M', '6.1G'),
+}
+REPORTED_COSTS = {
+    'retinanet_lavit_t_coco': '202G',
+    'retinanet_lavit_s_coco': '290G',
+    'upernet_lavit_s_ade20k': '920G',
+}
 
 
 @pytest.fixture(scope='module')
@@ -138,11 +152,66 @@ def test_python_that_torch_and_the_code_need(metadata: email.message.Message) ->
     assert metadata['Version'] == mmlavit.__version__
 
 
-def test_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
+def content(wheel: Path) -> dict[str, bytes]:
+    """Path -> bytes of the files in a wheel, without those that describe the distribution."""
     with zipfile.ZipFile(wheel) as archive:
-        names = {name for name in archive.namelist() if '.dist-info/' not in name}
-    modules = (ROOT / 'mmlavit').rglob('*.py')
-    assert names == {str(module.relative_to(ROOT)) for module in modules}
+        names = [name for name in archive.namelist() if '.dist-info/' not in name]
+        return {name: archive.read(name) for name in names}
+
+
+def test_wheel_holds_package_configs_and_tools_and_nothing_else(wheel: Path) -> None:
+    expected = {str(file.relative_to(ROOT)): file for file in (ROOT / 'mmlavit').rglob('*.py')}
+    for pattern in ('configs/**/*.py', 'configs/**/*.yml', 'configs/**/*.md', 'tools/*.py'):
+        for file in ROOT.glob(pattern):
+            expected[f'mmlavit/.mim/{file.relative_to(ROOT)}'] = file
+    for name in ('model-index.yml', 'README.md'):
+        expected[f'mmlavit/.mim/{name}'] = ROOT / name
+    for name in ('setup_env.py', 'demo.py', 'config_table.py'):  # they work on the repository
+        del expected[f'mmlavit/.mim/tools/{name}']
+    assert content(wheel) == {name: file.read_bytes() for name, file in expected.items()}
+
+
+def build(hook: str, source: Path, out: Path) -> Path:
+    """What a build frontend does: call a hook of the backend in the source folder; its result."""
+    out.mkdir()
+    code = f'from setuptools import build_meta; build_meta.{hook}({str(out)!r})'
+    ran = subprocess.run([sys.executable, '-c', code], cwd=source, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    (built,) = out.iterdir()
+    return built
+
+
+def test_sdist_gives_the_same_wheel(source: Path, wheel: Path, tmp_path: Path) -> None:
+    tree = shutil.copytree(source, tmp_path / 'source')
+    sdist = build('build_sdist', tree, tmp_path / 'sdist')
+    shutil.unpack_archive(sdist, tmp_path)
+    again = build('build_wheel', tmp_path / sdist.name.removesuffix('.tar.gz'), tmp_path / 'wheel')
+    assert content(again) == content(wheel)
+
+
+def test_wheel_holds_no_config_of_an_earlier_build(source: Path, tmp_path: Path) -> None:
+    tree = shutil.copytree(source, tmp_path / 'source')
+    gone = tree / 'configs' / 'gone.py'
+    gone.touch()
+    assert 'mmlavit/.mim/configs/gone.py' in content(build('build_wheel', tree, tmp_path / '1'))
+    gone.unlink()
+    assert 'mmlavit/.mim/configs/gone.py' not in content(build('build_wheel', tree, tmp_path / '2'))
+
+
+def files(tree: Path) -> set[str]:
+    """What is in a source tree, apart from what git ignores of setuptools' traces."""
+    paths = (path.relative_to(tree) for path in tree.rglob('*'))
+    return {str(path) for path in paths if path.parts[0] not in ('build', 'mmlavit.egg-info')}
+
+
+@pytest.mark.parametrize('hook', ['build_wheel', 'build_editable'])
+def test_installing_adds_no_copies_to_the_source_tree(
+    source: Path, tmp_path: Path, hook: str
+) -> None:
+    tree = shutil.copytree(source, tmp_path / 'source')
+    before = files(tree)
+    build(hook, tree, tmp_path / 'out')
+    assert files(tree) == before
 
 
 def test_installing_it_here_would_install_nothing_else(wheel: Path) -> None:
@@ -171,3 +240,74 @@ def test_constraints_leave_the_build_of_torch_open() -> None:
 
 def test_setuptools_still_has_pkg_resources() -> None:
     assert int(pins('3.11')['setuptools'].split('.')[0]) < 81
+
+
+@pytest.fixture(scope='module')
+def index() -> ModelIndex:
+    return load_model_index.load(str(ROOT / 'model-index.yml'))
+
+
+def test_model_index_is_valid(index: ModelIndex) -> None:
+    assert index.check(silent=True) == []
+    (collection,) = index.collections
+    assert collection.name == 'LaViT'
+    assert collection.paper['URL'] == 'https://arxiv.org/abs/2406.00427'
+    assert (ROOT / collection.code).is_file()
+
+
+def test_each_config_of_the_paper_has_one_entry(index: ModelIndex) -> None:
+    configs = {path.stem for path in (ROOT / 'configs').glob('*.py')}
+    expected = sorted(name for name in configs if not name.endswith('_shapes'))
+    assert sorted(model.name for model in index.models) == expected
+    for model in index.models:
+        assert model.config == f'configs/{model.name}.py'
+        assert model.in_collection == 'LaViT'
+
+
+def keys(node: object) -> Iterator[str]:
+    """Every key of nested dicts and lists."""
+    if isinstance(node, dict):
+        yield from node
+    if isinstance(node, dict | list):
+        for child in node.values() if isinstance(node, dict) else node:
+            yield from keys(child)
+
+
+def test_no_weights_are_claimed(index: ModelIndex) -> None:
+    found = {
+        key.lower() for key in keys(yaml.safe_load((ROOT / 'configs/metafile.yml').read_text()))
+    }
+    assert 'config' in found
+    assert 'weights' not in found
+    for model in index.models:
+        assert model.metadata.data['Trained'] is False, model.name
+
+
+def test_every_accuracy_is_called_the_papers(index: ModelIndex) -> None:
+    found = {}
+    for model in index.models:
+        for result in model.results or ():
+            found.setdefault(model.name, {}).update(result.metrics)
+    assert found == {
+        name: {f'{metric} {BY_THE_PAPER}': value for metric, value in metrics.items()}
+        for name, metrics in REPORTED.items()
+    }
+
+
+def test_sizes_and_costs_are_of_the_models_here(index: ModelIndex) -> None:
+    data_of = {model.name: model.metadata.data for model in index.models}
+    models = {name: data for name, data in data_of.items() if 'Parameters' in data}
+    assert models.keys() == REPORTED_SIZES.keys()
+    for name, data in models.items():
+        arch = {'t': 'tiny', 's': 'small', 'b': 'base'}[name.split('_')[1]]
+        with torch.device('meta'), FlopCounterMode(display=False) as counter:
+            backbone = mmlavit.LaViT(arch, out_indices=(3,)).eval()
+            head = torch.nn.Linear(backbone.arch.embed_dims[-1], 1000)
+            head(backbone(torch.zeros(1, 3, 224, 224))[0].mean((2, 3)))
+        parameters = [*backbone.parameters(), *head.parameters()]
+        assert data['Parameters'] == sum(parameter.numel() for parameter in parameters)
+        assert data['FLOPs'] == counter.get_total_flops() / 2  # torch counts both halves of each
+        reported = (data[f'{what} {BY_THE_PAPER}'] for what in ('Parameters', 'FLOPs'))
+        assert tuple(reported) == REPORTED_SIZES[name]
+    costs = {n: d.get(f'FLOPs {BY_THE_PAPER}') for n, d in data_of.items() if n not in models}
+    assert {name: cost for name, cost in costs.items() if cost} == REPORTED_COSTS

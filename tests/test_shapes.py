@@ -64,7 +64,7 @@ class TestImages:
                 least = shapes.MIN_VISIBLE * np.pi * (shapes.RADIUS[0] * size) ** 2
                 assert instance.area > 0.9 * least
 
-    def test_every_shape_keeps_half_of_itself(self):
+    def test_every_shape_keeps_most_of_itself(self):
         shares = []
         for seed in range(30):
             print('seed', seed)
@@ -73,6 +73,19 @@ class TestImages:
                 assert not (instance.mask & (coverage < 0.5)).any()
                 shares.append(instance.area / (coverage >= 0.5).sum())
         assert shapes.MIN_VISIBLE <= min(shares) < max(shares) == 1
+
+    def test_the_largest_shape_leaves_no_doubt_of_its_class(self):
+        several = 0
+        for seed in range(60):
+            print('seed', seed)
+            _, instances = draw_image(np.random.default_rng(seed), 64, 4)
+            areas = {}
+            for instance in instances:
+                areas[instance.label] = max(instance.area, areas.get(instance.label, 0))
+            first, *others = sorted(areas.values(), reverse=True)
+            assert all(first >= shapes.MIN_LEAD * other for other in others)
+            several += bool(others)
+        assert several > 20
 
     def test_shapes_differ_from_their_background(self):
         for seed in range(200):

@@ -1,0 +1,47 @@
+"""The table of configs/README.md is the one that the configs give."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def test_readme_and_script_agree():
+    ran = subprocess.run(
+        [sys.executable, '-W', 'ignore', ROOT / 'tools' / 'config_table.py'],
+        capture_output=True,
+        text=True,
+    )
+    assert ran.returncode == 0, ran.stderr
+    table = ran.stdout.strip().splitlines()
+    named = [line.split('`')[1] for line in table[2:]]
+    papers = {path.name for path in (ROOT / 'configs').glob('lavit_*_imagenet.py')}
+    papers |= {
+        p.name for task in ('coco', 'ade20k') for p in (ROOT / 'configs').glob(f'*_{task}.py')
+    }
+    assert sorted(named) == sorted(papers)
+    readme = (ROOT / 'configs' / 'README.md').read_text(encoding='utf-8').splitlines()
+    assert [
+        line for line in readme if line.split('`')[1:2] and line.split('`')[1] in named
+    ] == table[2:]
+    assert table[0] in readme
+
+
+def test_every_difference_over_five_percent_is_explained():
+    readme = (ROOT / 'configs' / 'README.md').read_text(encoding='utf-8')
+    explained = readme.partition('**Where ours differs')[2].partition('**')[0]
+    far = set()
+    for line in readme.splitlines():
+        cells = [cell.strip() for cell in line.split('|')]
+        if (
+            len(cells) > 6
+            and ' / ' in cells[6]
+            and '–' not in cells[6]
+            and 'GFLOPs' not in cells[6]
+        ):
+            ours, papers = map(float, cells[6].split(' / '))
+            if abs(ours / papers - 1) > 0.05:
+                far.add(cells[2].split(' on ')[0])
+    assert far == {'RetinaNet'}
+    assert all(task in explained for task in far)

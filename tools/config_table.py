@@ -1,0 +1,120 @@
+"""Prints the table of configs/README.md: what each config of the paper's is and costs."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import logging
+from pathlib import Path
+
+import torch
+import yaml
+from mmengine.config import Config
+from mmengine.logging import MMLogger
+from mmengine.registry import DefaultScope
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from mmlavit.compat import repair_torchvision
+
+CONFIGS = Path(__file__).resolve().parent.parent / 'configs'
+PAPERS = ' Reported by the Paper'
+
+# By the first word of a config's name: what it trains, and the image (height, width) at which the
+# paper counts FLOPs.
+TASKS = {
+    'lavit': ('ImageNet-1k classification', (224, 224)),
+    'retinanet': ('RetinaNet on COCO', (800, 1280)),
+    'maskrcnn': ('Mask R-CNN on COCO', (800, 1280)),
+    'semfpn': ('Semantic FPN on ADE20K', (512, 2048)),
+    'upernet': ('UPerNet on ADE20K', (512, 2048)),
+}
+
+
+def build(cfg: Config) -> nn.Module:
+    """The model of a config, on PyTorch's meta device, where nothing is computed."""
+    importlib.import_module(f'{cfg.default_scope}.models')
+    models = importlib.import_module(f'{cfg.default_scope}.registry').MODELS
+    with DefaultScope.overwrite_default_scope(cfg.default_scope):
+        return models.build(cfg.model).to('meta').eval()
+
+
+def forward(model: nn.Module, images: Tensor) -> None:
+    """Run a model as its toolbox counts it: without losses, post-processing and auxiliary heads.
+
+    Mask R-CNN's second stage sees 1000 proposals, and 100 of them its mask head, as in mmdet.
+    """
+    if not hasattr(model, 'roi_head'):
+        model(images, mode='tensor')
+        return
+    maps = model.extract_feat(images)
+    model.rpn_head(maps)
+    heads = model.roi_head
+    for head, extractor, count in (
+        (heads.bbox_head, heads.bbox_roi_extractor, 1000),
+        (heads.mask_head, heads.mask_roi_extractor, 100),
+    ):
+        side = extractor.roi_layers[0].output_size
+        head(torch.empty(count, maps[0].shape[1], *side, device='meta'))
+
+
+def gflops(model: nn.Module, image: tuple[int, int]) -> float:
+    """GFLOPs of one image (a multiplication and an addition count as one)."""
+    counter = FlopCounterMode(display=False)
+    with torch.no_grad(), counter:
+        forward(model, torch.empty(1, 3, *image, device='meta'))
+    return counter.get_total_flops() / 2 / 1e9
+
+
+def schedule(cfg: Config) -> str:
+    """Length of the training."""
+    if 'max_iters' in cfg.train_cfg:
+        return f'{cfg.train_cfg.max_iters // 1000}k iterations'
+    # mmdet's 3x schedule repeats the data set within an epoch.
+    repeats = cfg.train_dataloader.dataset.get('times', 1)
+    return f'{cfg.train_cfg.max_epochs * repeats} epochs'
+
+
+def papers_accuracy(entry: dict) -> str:
+    """What the paper reports, from an entry of metafile.yml."""
+    metrics = [result['Metrics'] for result in entry.get('Results', [])]
+    return ', '.join(f'{k.removesuffix(PAPERS)} {v}' for m in metrics for k, v in m.items()) or '–'
+
+
+def row(entry: dict) -> str:
+    """The line of one config, from its entry in metafile.yml."""
+    path = CONFIGS.parent / entry['Config']
+    cfg = Config.fromfile(path)
+    task, image = TASKS[path.stem.split('_')[0]]
+    model = build(cfg)
+    cost = gflops(model, image)
+    papers_cost = entry['Metadata'].get(f'FLOPs{PAPERS}', '–').removesuffix('G')
+    cells = [
+        f'`{path.name}`',
+        task,
+        schedule(cfg),
+        f'{sum(p.numel() for p in model.parameters()) / 1e6:.1f}',
+        '{} x {}'.format(*image),
+        f'{cost:.{2 if cost < 10 else 0}f} / {papers_cost}',
+        papers_accuracy(entry),
+        'not trained',
+    ]
+    return f'| {" | ".join(cells)} |'
+
+
+def table() -> str:
+    """The table, in Markdown."""
+    repair_torchvision()
+    head = [
+        '| config | task | schedule | params M | image | GFLOPs: ours / paper | accuracy: paper '
+        '| accuracy: ours |',
+        '|---|---|---|---|---|---|---|---|',
+    ]
+    models = yaml.safe_load((CONFIGS / 'metafile.yml').read_text(encoding='utf-8'))['Models']
+    return '\n'.join([*head, *map(row, models)])
+
+
+if __name__ == '__main__':
+    argparse.ArgumentParser(description=__doc__).parse_args()
+    MMLogger.get_current_instance().setLevel(logging.WARNING)
+    print(table())
