@@ -161,7 +161,7 @@ def draw_curves(work_dir: Path, out: Path) -> Path:
         panel.legend(fontsize=7)
     panels[0].set_yscale('log')
     # mmdet counts to 1, the other toolboxes to 100.
-    panels[1].set_ylim(0, 1 if panels[1].get_ylim()[1] <= 1.1 else 100)
+    panels[1].set_ylim(0, 1 if any('mAP' in name for r in records for name in r) else 100)
     figure.savefig(out, dpi=120)
     plt.close(figure)
     return out

@@ -2,7 +2,6 @@
 
 import json
 import os
-import pickle
 import re
 import signal
 import subprocess
@@ -10,14 +9,10 @@ import sys
 from pathlib import Path
 
 import cv2
-import numpy as np
 import pytest
-import torch
-from pycocotools import mask as rle
-from pycocotools.coco import COCO
+from mmengine.config import Config
 
 from mmlavit import demo
-from mmlavit.shapes import ShapesRecipe, make_shapes
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -60,42 +55,30 @@ def test_curves_show_losses_and_precisions(resumed, monkeypatch):
     assert lines == {'coco/bbox_mAP': [1, 2], 'coco/bbox_mAP_50': [1, 2]}
 
 
-def test_predictions_are_drawn_beside_the_truth(tmp_path, monkeypatch):
-    monkeypatch.setattr(demo, 'SHAPES', tmp_path / 'shapes')
-    make_shapes(demo.SHAPES, ShapesRecipe(num_train=1, num_val=4, max_shapes=2), progress=False)
-    truth = COCO(str(demo.SHAPES / 'coco/annotations/instances_val2017.json'))
-    samples = []
-    for info in truth.loadImgs(truth.getImgIds()):
-        found = truth.loadAnns(truth.getAnnIds(imgIds=[info['id']]))
-        if info['id'] == 4:
-            found = []
-        masks = [np.asfortranarray(truth.annToMask(a)) for a in found]
-        boxes = torch.tensor([a['bbox'] for a in found]).reshape(-1, 4)
-        boxes[:, 2:] += boxes[:, :2]
-        samples.append(
-            dict(
-                img_id=info['id'],
-                img_path=str(demo.SHAPES / 'coco/val2017' / info['file_name']),
-                pred_instances=dict(
-                    bboxes=boxes,
-                    labels=torch.tensor([a['category_id'] - 1 for a in found], dtype=torch.long),
-                    scores=torch.full((len(found),), 0.9),
-                    masks=[rle.encode(m) for m in masks],
-                ),
-            )
-        )
-    (tmp_path / 'p.pkl').write_bytes(pickle.dumps(samples))
-    sheet = cv2.imread(str(demo.draw_predictions(tmp_path / 'p.pkl', tmp_path / 'p.png', scale=2)))
-    height, width = 96 * 2 + 12, 2 * 96 * 2 + 12
-    assert sheet.shape == (height, 4 * width, 3)
-    for i, sample in enumerate(samples):
-        tile = sheet[6:-6, i * width + 6 : (i + 1) * width - 6].astype(int)
-        left, right = tile[:, :192], tile[:, 192:]
-        image = cv2.imread(sample['img_path'])
-        image = cv2.resize(image, None, fx=2, fy=2, interpolation=cv2.INTER_CUBIC).astype(int)
-        assert np.abs(left - image).max() > 50, 'the truth is drawn on the left'
-        drawn = np.abs(right - image).max() > 50
-        assert drawn == (sample['img_id'] != 4), 'and the prediction, if any, on the right'
+@pytest.mark.parametrize(
+    'values, name, top',
+    [([0.2, 0.9], 'coco/bbox_mAP', 1), ([20.0, 90.0], 'mIoU', 100), ([0.5], 'accuracy/top1', 100)],
+)
+def test_curves_have_the_toolboxes_scales(tmp_path, monkeypatch, values, name, top):
+    import matplotlib.pyplot as plt
+
+    figures = []
+    monkeypatch.setattr(plt, 'close', figures.append)
+    records = [{name: v, 'step': i} for i, v in enumerate(values)]
+    write_run(tmp_path, 'run', [{'loss': 1.0, 'step': 1}, *records])
+    demo.draw_curves(tmp_path, tmp_path / 'curves.png')
+    assert figures[0].axes[1].get_ylim() == (0, top)
+
+
+def test_knows_when_each_training_is_over():
+    """The checkpoint that ends it is one that its config lets MMEngine write."""
+    for task in demo.DEMOS.values():
+        cfg = Config.fromfile(REPOSITORY / task.config)
+        kind, count = re.fullmatch(r'(epoch|iter)_(\d+)\.pth', demo.last_checkpoint(cfg)).groups()
+        loop = cfg.train_cfg
+        assert int(count) == loop['max_iters' if kind == 'iter' else 'max_epochs']
+        assert int(count) % cfg.default_hooks.checkpoint.interval == 0
+        assert cfg.default_hooks.checkpoint.get('by_epoch', True) == (kind == 'epoch')
 
 
 @pytest.mark.slow
