@@ -8,7 +8,7 @@ BIN := $(VENV)/bin/python
 export OMP_WAIT_POLICY ?= PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help install test lint format demo demo-seg demo-cls
+.PHONY: help install test test-openmmlab lint format demo demo-seg demo-cls
 
 help:
 	@echo 'make install   everything into $(VENV), at the versions of constraints.txt; resumes, and'
@@ -17,6 +17,8 @@ help:
 	@echo 'make demo-seg  the same with UPerNet and masks of classes'
 	@echo 'make demo-cls  the same with a classifier: which shape is the largest'
 	@echo 'make test      install, lint, and the tests; SLOW=1 adds the long ones'
+	@echo 'make test-openmmlab   the tests again, on the original OpenMMLab distributions, in an'
+	@echo '               environment of their own'
 	@echo 'make lint      what Ruff has to say'
 	@echo 'make format    let Ruff fix and format'
 	@echo
@@ -29,6 +31,11 @@ install:
 
 test: install lint
 	$(BIN) -m pytest $(if $(filter-out 0,$(SLOW)),-m "slow or not slow")
+
+# The original distributions, which share no environment with those of `make install`.
+test-openmmlab:
+	@$(PYTHON) tools/setup_env.py --stack openmmlab --venv $(VENV)-openmmlab
+	$(VENV)-openmmlab/bin/python -m pytest $(if $(filter-out 0,$(SLOW)),-m "slow or not slow")
 
 lint: install
 	$(BIN) -m ruff check .

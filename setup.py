@@ -15,8 +15,8 @@ from setuptools.command.build_py import build_py
 ROOT = Path(__file__).parent
 README = ROOT / 'README.md'
 
-# Tools that work on the repository around them: its installer, its demo, the table of its README.
-REPOSITORY_TOOLS = ('setup_env.py', 'demo.py', 'config_table.py')
+# Tools that work on the repository around them: its installer, its demos, the table of its README.
+REPOSITORY_TOOLS = ('setup_env.py', 'demo.py', 'pretraining_curves.py', 'config_table.py')
 
 # The maintained continuation. Tried together, in this order, with torch 2.13: 0.10.12, 2.3.6,
 # 3.5.1, 1.4.2, 1.3.6.

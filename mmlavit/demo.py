@@ -82,16 +82,9 @@ def run(demo: Demo) -> dict[str, float]:
     print(f'[1/4] data in {SHAPES}', flush=True)
     make_shapes(SHAPES, ShapesRecipe())
 
-    last = last_checkpoint(Config.fromfile(demo.config))
-    latest = find_latest_checkpoint(str(demo.work_dir)) if demo.work_dir.is_dir() else None
-    if latest and Path(latest).name == last:
-        print(f'[2/4] training: finished before ({latest})', flush=True)
-    else:
-        start = f'going on from {latest}' if latest else f'up to {last}'
-        print(f'[2/4] training: {start}', flush=True)
-        _tool('train.py', demo.config, '--work-dir', demo.work_dir, '--resume')
+    print('[2/4] ', end='')
+    best = train(demo.config, demo.work_dir)
 
-    best = max(demo.work_dir.glob('best_*.pth'), key=lambda path: path.stat().st_mtime)
     print(f'[3/4] testing {best}', flush=True)
     test_dir = demo.work_dir / 'test'
     predictions = test_dir / demo.predictions
@@ -107,6 +100,32 @@ def run(demo: Demo) -> dict[str, float]:
         verdict = 'reached' if metrics[name] >= least else 'MISSED'
         print(f'{name:<20} {metrics[name]:.3f}   (target {least:.2f}: {verdict})')
     return metrics
+
+
+def train(config: Path, work_dir: Path, *options: str) -> Path:
+    """Train a config, go on where an earlier call stopped, or do nothing where it had finished.
+
+    Args:
+        config: Config to train.
+        work_dir: Where checkpoints and logs go.
+        options: What to give ``--cfg-options``.
+
+    Returns:
+        The best checkpoint by the config's own measure.
+
+    Raises:
+        subprocess.CalledProcessError: If training fails.
+    """
+    last = last_checkpoint(Config.fromfile(config))
+    latest = find_latest_checkpoint(str(work_dir)) if work_dir.is_dir() else None
+    if latest and Path(latest).name == last:
+        print(f'training {config.stem}: finished before ({latest})', flush=True)
+    else:
+        start = f'going on from {latest}' if latest else f'up to {last}'
+        print(f'training {config.stem}: {start}', flush=True)
+        more = ['--cfg-options', *options] if options else []
+        _tool('train.py', config, '--work-dir', work_dir, '--resume', *more)
+    return max(work_dir.glob('best_*.pth'), key=lambda path: path.stat().st_mtime)
 
 
 def last_checkpoint(cfg: Config) -> str:

@@ -1,6 +1,7 @@
 """The installer behind `make install`: its pure parts and its decisions; nothing is installed."""
 
 import ast
+import dataclasses
 import importlib.util
 import io
 import signal
@@ -23,6 +24,7 @@ def setup_env() -> ModuleType:
     spec = importlib.util.spec_from_file_location('setup_env', SCRIPT)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # where dataclasses look for what their annotations mean
     spec.loader.exec_module(module)
     return module
 
@@ -35,7 +37,7 @@ def screen() -> io.StringIO:
 @pytest.fixture
 def env(setup_env: ModuleType, tmp_path: Path, screen: io.StringIO):
     """An empty environment whose Python is the one that runs the tests."""
-    env = setup_env.Environment(tmp_path, setup_env.Console(screen))
+    env = setup_env.Environment(tmp_path, setup_env.Console(screen), setup_env.STACKS['onedl'])
     env.python = Path(sys.executable)
     env.site_packages = tmp_path
     return env
@@ -56,12 +58,12 @@ def test_old_pythons_can_parse_it() -> None:
 
 @pytest.mark.parametrize('version', [(3, 10, 0), (3, 11, 7), (3, 12, 1)])
 def test_supported_pythons(setup_env: ModuleType, version: tuple[int, ...]) -> None:
-    assert setup_env.python_problem(version, 'python3') is None
+    assert setup_env.python_problem(version, 'python3', setup_env.STACKS['onedl']) is None
 
 
 @pytest.mark.parametrize('version', [(2, 7, 18), (3, 9, 20), (3, 13, 0)])
 def test_other_pythons_are_named(setup_env: ModuleType, version: tuple[int, ...]) -> None:
-    problem = setup_env.python_problem(version, '/usr/bin/python3')
+    problem = setup_env.python_problem(version, '/usr/bin/python3', setup_env.STACKS['onedl'])
     assert '3.10 to 3.12' in problem
     assert f'/usr/bin/python3 is Python {".".join(map(str, version))}' in problem
     assert '\n' not in problem
@@ -114,7 +116,8 @@ def test_pinned(setup_env: ModuleType) -> None:
     assert setup_env.pinned('onedl-mmcv', text) == '2.3.6'
     with pytest.raises(setup_env.Problem, match='does not pin mmcv'):
         setup_env.pinned('mmcv', text)
-    assert setup_env.pinned(setup_env.MMCV, (ROOT / 'constraints.txt').read_text())
+    for stack in setup_env.STACKS.values():
+        assert setup_env.pinned(stack.mmcv, stack.constraints.read_text())
 
 
 def test_installed_and_half_installed(setup_env: ModuleType, tmp_path: Path) -> None:
@@ -313,7 +316,7 @@ class TestMain:
     def test_nothing_to_do(self, setup_env, tmp_path, capsys) -> None:
         (tmp_path / 'bin').mkdir()
         (tmp_path / 'bin' / 'python').touch()
-        recipe = [setup_env.CONSTRAINTS, ROOT / 'setup.py', SCRIPT]
+        recipe = [setup_env.STACKS['onedl'].constraints, ROOT / 'setup.py', SCRIPT]
         stamp = setup_env.fingerprint(recipe, str(ROOT), str(tmp_path))
         (tmp_path / '.mmlavit-installed').write_text(stamp)
         assert setup_env.main(['--venv', str(tmp_path)]) == 0
@@ -326,8 +329,8 @@ class TestMain:
         return line
 
     def test_unsupported_python(self, setup_env, tmp_path, capsys, monkeypatch) -> None:
-        monkeypatch.setattr(setup_env, 'PYTHON_FROM', (3, 98))
-        monkeypatch.setattr(setup_env, 'PYTHON_TO', (3, 99))
+        stack = dataclasses.replace(setup_env.STACKS['onedl'], pythons=((3, 98), (3, 99)))
+        monkeypatch.setitem(setup_env.STACKS, 'onedl', stack)
         line = self.fails(setup_env, tmp_path, capsys)
         found = '.'.join(map(str, sys.version_info[:3]))
         assert f'Python 3.98 to 3.99 is needed, and {sys.executable} is Python {found}' in line
@@ -340,6 +343,15 @@ class TestMain:
         line = self.fails(setup_env, tmp_path, capsys)
         assert f'{tmp_path} holds mmcv, mmengine' in line
         assert 'VENV=' in line
+
+    def test_each_family_refuses_the_other(self, setup_env, tmp_path, capsys) -> None:
+        onedl, openmmlab = setup_env.STACKS.values()
+        assert onedl.rivals == {openmmlab.mmcv, *openmmlab.others}
+        assert openmmlab.rivals == {onedl.mmcv, *onedl.others}
+        venv.create(tmp_path)
+        record(next(tmp_path.glob('lib/python3.*/site-packages')), 'onedl_mmengine-0.10.12')
+        assert setup_env.main(['--venv', str(tmp_path), '--stack', 'openmmlab']) == 2
+        assert 'holds onedl-mmengine' in capsys.readouterr().err
 
     def test_no_compiler(self, setup_env, tmp_path, capsys, monkeypatch) -> None:
         venv.create(tmp_path, with_pip=True)

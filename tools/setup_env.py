@@ -4,8 +4,8 @@
 `make install` runs this, on nothing but Python. It makes the environment, installs torch, compiles
 MMCV against that torch (the long step; pip keeps the wheel for the next time), checks that MMCV's
 compiled operators really run, and installs the toolboxes and mmlavit itself, everything at the
-versions of constraints.txt. It may be stopped at any point and run again: it goes on from the step
-that it was in, and returns at once when there is nothing to do.
+versions of the constraints file. It may be stopped at any point and run again: it goes on from the
+step that it was in, and returns at once when there is nothing to do.
 
 What pip reads from its configuration and its environment applies, such as PIP_EXTRA_INDEX_URL.
 MAX_JOBS is how many files are compiled at once.
@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import fcntl
 import hashlib
 import json
@@ -31,13 +32,57 @@ from pathlib import Path
 from typing import IO
 
 ROOT = Path(__file__).resolve().parent.parent
-CONSTRAINTS = ROOT / 'constraints.txt'
-PYTHON_FROM, PYTHON_TO = (3, 10), (3, 12)  # what the versions in constraints.txt exist for
-
-MMCV = 'onedl-mmcv'
 BUILD_TOOLS = ['setuptools', 'wheel', 'packaging', 'ninja']
-# The original distributions, which own the import names of those installed here.
-RIVALS = {'mmengine', 'mmcv', 'mmcv-full', 'mmcv-lite', 'mmdet', 'mmsegmentation', 'mmpretrain'}
+
+
+@dataclasses.dataclass(frozen=True)
+class Stack:
+    """One of the two families of distributions that own the import names of OpenMMLab.
+
+    Args:
+        name: The extra of mmlavit that asks for it.
+        constraints: The versions that were tried together.
+        mmcv: The distribution of MMCV.
+        others: The distributions beside it.
+        pythons: The first and the last Python that those versions exist for.
+    """
+
+    name: str
+    constraints: Path
+    mmcv: str
+    others: frozenset[str]
+    pythons: tuple[tuple[int, int], tuple[int, int]]
+
+    @property
+    def rivals(self) -> frozenset[str]:
+        """The distributions of the other family, whose files this one would overwrite."""
+        return frozenset().union(*({s.mmcv, *s.others} for s in STACKS.values() if s != self))
+
+
+STACKS = {
+    stack.name: stack
+    for stack in (
+        Stack(
+            name='onedl',
+            constraints=ROOT / 'constraints.txt',
+            mmcv='onedl-mmcv',
+            others=frozenset(
+                f'onedl-{name}'
+                for name in ('mmengine', 'mmdetection', 'mmsegmentation', 'mmpretrain')
+            ),
+            pythons=((3, 10), (3, 12)),
+        ),
+        Stack(
+            name='openmmlab',
+            constraints=ROOT / 'constraints-openmmlab.txt',
+            mmcv='mmcv',
+            others=frozenset(
+                ('mmengine', 'mmcv-full', 'mmcv-lite', 'mmdet', 'mmsegmentation', 'mmpretrain')
+            ),
+            pythons=((3, 10), (3, 11)),
+        ),
+    )
+}
 
 STEPS = 6
 HEARTBEAT = 30.0  # seconds between progress lines where they cannot be updated in place
@@ -112,12 +157,13 @@ class Problem(Exception):
 # -- Pure parts ------------------------------------------------------------------------------------
 
 
-def python_problem(version: tuple[int, ...], executable: str) -> str | None:
+def python_problem(version: tuple[int, ...], executable: str, stack: Stack) -> str | None:
     """Why this Python will not do, or None if it will."""
-    if PYTHON_FROM <= tuple(version[:2]) <= PYTHON_TO:
+    first, last = stack.pythons
+    if first <= tuple(version[:2]) <= last:
         return None
     found = '.'.join(map(str, version[:3]))
-    span = f'{".".join(map(str, PYTHON_FROM))} to {".".join(map(str, PYTHON_TO))}'
+    span = f'{".".join(map(str, first))} to {".".join(map(str, last))}'
     return (
         f'Python {span} is needed, and {executable} is Python {found}; '
         'choose another with: make install PYTHON=python3.11'
@@ -166,10 +212,10 @@ def compile_jobs(cores: int, memory: int) -> int:
 
 
 def pinned(name: str, constraints: str) -> str:
-    """The version of a distribution in the text of constraints.txt, the same on every Python."""
+    """The version of a distribution in the text of a constraints file, the same on every Python."""
     found = re.search(rf'^{re.escape(name)}==(\S+)$', constraints, re.MULTILINE)
     if found is None:
-        raise Problem(f'constraints.txt does not pin {name}')
+        raise Problem(f'the constraints file does not pin {name}')
     return found.group(1)
 
 
@@ -246,8 +292,9 @@ class Console:
 class Environment:
     """A virtual environment, and commands that run in it with their output in a log."""
 
-    def __init__(self, path: Path, console: Console) -> None:
+    def __init__(self, path: Path, console: Console, stack: Stack) -> None:
         self.path = path
+        self.stack = stack
         self.console = console
         self.python = path / 'bin' / 'python'
         self.log = path / 'install.log'
@@ -371,8 +418,9 @@ class Environment:
         return self.take(step, [str(self.python), '-m', 'pip', *arguments])[0]
 
     def install(self, step: str, *arguments: str) -> float:
-        """Run `pip install` at the versions of constraints.txt; the seconds that it took."""
-        return self.pip(step, 'install', '--no-build-isolation', '-c', str(CONSTRAINTS), *arguments)
+        """Run `pip install` at the versions that were tried; the seconds that it took."""
+        constraints = ['-c', str(self.stack.constraints)]
+        return self.pip(step, 'install', '--no-build-isolation', *constraints, *arguments)
 
 
 # -- The steps -------------------------------------------------------------------------------------
@@ -383,7 +431,7 @@ def make_environment(env: Environment) -> None:
     where = env.shown(env.path)
     step = f'[1/{STEPS}] {where}'
     if not env.python.exists():
-        problem = python_problem(tuple(sys.version_info), sys.executable)
+        problem = python_problem(tuple(sys.version_info), sys.executable, env.stack)
         if problem:
             raise Problem(problem)
         try:
@@ -402,14 +450,15 @@ def make_environment(env: Environment) -> None:
         raise Problem(f'{env.shown(env.python)} does not run; delete {where} and start again')
     version, purelib, missing_header = json.loads(asked.stdout)
     env.site_packages = Path(purelib)
-    problem = python_problem(tuple(version), env.shown(env.python))
+    problem = python_problem(tuple(version), env.shown(env.python), env.stack)
     if problem:
         raise Problem(f'{problem} VENV=.venv-3.11')
-    rivals = sorted(RIVALS.intersection(installed(env.site_packages)))
+    rivals = sorted(env.stack.rivals.intersection(installed(env.site_packages)))
     if rivals:
         raise Problem(
-            f'{where} holds {", ".join(rivals)}, whose files the onedl- distributions would '
-            'overwrite; choose another environment with: make install VENV=.venv-onedl'
+            f'{where} holds {", ".join(rivals)}, whose files the {env.stack.name} distributions '
+            f'would overwrite; choose another environment with: make install '
+            f'VENV=.venv-{env.stack.name}'
         )
     forgotten = forget_half_installed(env.site_packages)
     if env.probe('import pip'):
@@ -417,7 +466,7 @@ def make_environment(env: Environment) -> None:
     again = f', interrupted and due again: {", ".join(forgotten)}' if forgotten else ''
     env.console.line(f'{step}: Python {".".join(map(str, version))}{again}')
 
-    if MMCV not in installed(env.site_packages):
+    if env.stack.mmcv not in installed(env.site_packages):
         # Said before anything is downloaded.
         find_compiler()
         if missing_header:
@@ -456,15 +505,16 @@ def install_mmcv(env: Environment) -> None:
     operators are tried, and a kept wheel that fails is thrown away and compiled anew.
     """
     step = f'[3/{STEPS}] mmcv'
-    version = pinned(MMCV, CONSTRAINTS.read_text(encoding='utf-8'))
-    if installed(env.site_packages).get(MMCV) == version:
+    mmcv = env.stack.mmcv
+    version = pinned(mmcv, env.stack.constraints.read_text(encoding='utf-8'))
+    if installed(env.site_packages).get(mmcv) == version:
         env.console.status(f'{step}: trying its operators')
         problem = env.probe(CHECK_OPS)
         if problem is None:
             env.console.line(f'{step}: there already, and its operators run')
             return
         env.console.line(f'{step}: its operators do not run ({problem}); installing it again')
-        env.pip(step, 'uninstall', '-y', MMCV)
+        env.pip(step, 'uninstall', '-y', mmcv)
     problem = env.probe(CHECK_CUDA)
     if problem:
         raise Problem(problem)
@@ -476,9 +526,9 @@ def install_mmcv(env: Environment) -> None:
             f'{step}: its operators do not run ({problem}): the wheel that pip had was compiled '
             'against another torch; compiling it anew'
         )
-        env.pip(step, 'uninstall', '-y', MMCV)
+        env.pip(step, 'uninstall', '-y', mmcv)
         forget_kept_wheel(env, version)
-        build_mmcv(env, '--no-binary', MMCV)
+        build_mmcv(env, '--no-binary', mmcv)
         problem = env.probe(CHECK_OPS)
     if problem:
         raise Problem(f'mmcv is installed, but its operators do not run: {problem}', FAILURE)
@@ -496,7 +546,7 @@ def build_mmcv(env: Environment, *arguments: str) -> bool:
     # -v makes pip pass on what ninja says.
     command = [str(env.python), '-m', 'pip', 'install', '-v', '--no-build-isolation']
     seconds, output = env.run(
-        [*command, '-c', str(CONSTRAINTS), *arguments, MMCV],
+        [*command, '-c', str(env.stack.constraints), *arguments, env.stack.mmcv],
         lambda output, gone: f'{step} {describe(output, gone)}',
         log,
         CXX=find_compiler(),
@@ -511,7 +561,7 @@ def build_mmcv(env: Environment, *arguments: str) -> bool:
 def forget_kept_wheel(env: Environment, version: str) -> None:
     """Take this Python's mmcv wheel out of pip's cache, where every later run would find it."""
     python_tag = 'cp' + re.sub(r'\D', '', env.site_packages.parent.name)
-    pattern = f'{MMCV.replace("-", "_")}-{version}-{python_tag}*'
+    pattern = f'{env.stack.mmcv.replace("-", "_")}-{version}-{python_tag}*'
     with open(env.log, 'a', encoding='utf-8') as sink:
         # pip takes it for an error when there is no such wheel, or no cache.
         subprocess.run(
@@ -532,7 +582,7 @@ def install_torchvision(env: Environment) -> None:
 def install_packages(env: Environment) -> None:
     """Install the toolboxes, the test tools, and mmlavit in such a way that edits take effect."""
     step = f'[5/{STEPS}] the toolboxes, the test tools and mmlavit'
-    env.console.line(f'{step}: {duration(env.install(step, "-e", ".[onedl,dev]"))}')
+    env.console.line(f'{step}: {duration(env.install(step, "-e", f".[{env.stack.name},dev]"))}')
 
 
 def check_imports(env: Environment) -> None:
@@ -545,7 +595,7 @@ def check_imports(env: Environment) -> None:
 
 def install(env: Environment, force: bool) -> None:
     """Take the steps that are still to be taken."""
-    recipe = [CONSTRAINTS, ROOT / 'setup.py', Path(__file__)]
+    recipe = [env.stack.constraints, ROOT / 'setup.py', Path(__file__)]
     wanted = fingerprint(recipe, str(ROOT), str(env.path))
     found = env.stamp.read_text(encoding='utf-8') if env.stamp.exists() else None
     if found == wanted and env.python.exists() and not force:
@@ -572,6 +622,12 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument('--venv', default='.venv', help='the environment (default: %(default)s)')
     parser.add_argument(
+        '--stack',
+        choices=STACKS,
+        default='onedl',
+        help='the maintained distributions or those of the original names (default: %(default)s)',
+    )
+    parser.add_argument(
         '--force', action='store_true', help='take every step again although nothing has changed'
     )
     options = parser.parse_args(arguments)
@@ -582,7 +638,7 @@ def main(arguments: list[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, stop)
     signal.signal(signal.SIGHUP, stop)
     console = Console(sys.stdout)
-    env = Environment(Path(options.venv).absolute(), console)
+    env = Environment(Path(options.venv).absolute(), console, STACKS[options.stack])
     try:
         with env.locked():
             install(env, options.force)
