@@ -4,6 +4,8 @@ _base_ = './upernet_lavit_s_ade20k.py'
 # SyncBN, which the bases have, does not train on a CPU.
 norm_cfg = dict(type='BN', requires_grad=True)
 data_preprocessor = dict(size=(96, 96))
+# Most pixels are background, which is easy; telling the shapes apart is what takes time.
+class_weight = [0.3, 1.0, 1.0, 1.0]
 model = dict(
     data_preprocessor=data_preprocessor,
     backbone=dict(arch='nano', drop_path_rate=0.0),
@@ -50,14 +52,14 @@ val_dataloader = dict(
 )
 test_dataloader = val_dataloader
 
-train_cfg = dict(max_iters=1500, val_interval=250)
+train_cfg = dict(max_iters=1200, val_interval=200)
 optim_wrapper = dict(optimizer=dict(lr=1e-3, weight_decay=0.05), clip_grad=dict(max_norm=5.0))
 param_scheduler = [
     dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=100),
-    dict(type='PolyLR', eta_min=1e-5, power=1.0, by_epoch=False, begin=100, end=1500),
+    dict(type='PolyLR', eta_min=1e-5, power=1.0, by_epoch=False, begin=100, end=1200),
 ]
 default_hooks = dict(
     logger=dict(interval=25),
-    checkpoint=dict(interval=250, max_keep_ckpts=2, save_best='mIoU'),
+    checkpoint=dict(interval=200, max_keep_ckpts=2, save_best='mIoU'),
 )
 randomness = dict(seed=0)

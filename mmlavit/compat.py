@@ -89,11 +89,16 @@ def repair_config_bases() -> None:
     """
     from mmengine.config.utils import MODULE2PACKAGE
 
+    if not _is_distributed(MODULE2PACKAGE['mmseg']) and _is_distributed('onedl-mmsegmentation'):
+        MODULE2PACKAGE['mmseg'] = 'mmseg'
+
+
+def _is_distributed(name: str) -> bool:
     try:
-        importlib.metadata.distribution(MODULE2PACKAGE['mmseg'])
+        importlib.metadata.distribution(name)
     except importlib.metadata.PackageNotFoundError:
-        if importlib.util.find_spec('mmseg') is not None:
-            MODULE2PACKAGE['mmseg'] = 'mmseg'
+        return False
+    return True
 
 
 def serve_config_bases() -> None:
