@@ -9,8 +9,20 @@ class_weight = [0.3, 1.0, 1.0, 1.0]
 model = dict(
     data_preprocessor=data_preprocessor,
     backbone=dict(arch='nano', drop_path_rate=0.0),
-    decode_head=dict(in_channels=[32, 64, 160, 320], channels=64, num_classes=4, norm_cfg=norm_cfg),
-    auxiliary_head=dict(in_channels=160, channels=32, num_classes=4, norm_cfg=norm_cfg),
+    decode_head=dict(
+        in_channels=[32, 64, 160, 320],
+        channels=64,
+        num_classes=4,
+        norm_cfg=norm_cfg,
+        loss_decode=dict(class_weight=class_weight),
+    ),
+    auxiliary_head=dict(
+        in_channels=160,
+        channels=32,
+        num_classes=4,
+        norm_cfg=norm_cfg,
+        loss_decode=dict(class_weight=class_weight),
+    ),
 )
 
 shapes = dict(
