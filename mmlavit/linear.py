@@ -6,6 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+# torch 2.1 has it under another name.
+_is_compiling = getattr(torch.compiler, 'is_compiling', None) or torch._utils.is_compiling
+
 
 class Linear(nn.Linear):
     """:class:`torch.nn.Linear`, computed by :func:`linear`."""
@@ -49,4 +52,4 @@ def prefers_convolution(x: Tensor) -> bool:
 
 def is_traced() -> bool:
     """Whether the code is being recorded rather than run, when sizes must not become constants."""
-    return torch.jit.is_tracing() or torch.compiler.is_compiling()
+    return torch.jit.is_tracing() or _is_compiling()
