@@ -350,7 +350,7 @@ def test_up_and_down_again_restores_a_smooth_operator(old, new):
 
 @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 def test_resizing_keeps_the_dtype(dtype):
-    assert resize_window_weight(torch.eye(16, dtype=dtype), 2).dtype == dtype
+    assert resize_window_weight(torch.eye(16).to(dtype), 2).dtype == dtype
 
 
 @pytest.mark.parametrize('shape', [(10, 10), (16, 9), (9, 16), (16,), (4, 4, 4)])

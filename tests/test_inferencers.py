@@ -99,9 +99,9 @@ def scopes() -> Iterator[None]:
 
 @pytest.fixture(scope='module')
 def folder(tmp_path_factory) -> Path:
-    """A few shapes."""
+    """A few shapes; unpadded, as mmseg 1.2 fails on padded labels under a class_weight."""
     path = tmp_path_factory.mktemp('inferencers')
-    make_shapes(path / 'shapes', ShapesRecipe(num_train=6, num_val=1, size=64), progress=False)
+    make_shapes(path / 'shapes', ShapesRecipe(num_train=6, num_val=1), progress=False)
     return path
 
 

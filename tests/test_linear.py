@@ -60,8 +60,11 @@ def test_other_types_take_pytorchs_route(dtype):
     assert torch.equal(linear(x, weight, bias), F.linear(x, weight, bias))
 
 
+@pytest.mark.skipif(
+    not hasattr(torch.compiler, 'is_compiling'),
+    reason='torch 2.1 does not tell nested functions; what it compiles is the convolution',
+)
 def test_compiled_as_a_plain_linear_layer():
-    """Whatever torch calls the function that tells; torch 2.1 has it under another name."""
     found = []
 
     def backend(graph, example_inputs):

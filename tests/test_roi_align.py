@@ -212,6 +212,8 @@ def test_backbone_itself_in_channels_last(window_sizes):
 def test_autocast(dtype):
     seed(7)
     images = torch.randn(2, 3, 45, 71).contiguous(memory_format=torch.channels_last)
+    if dtype == torch.float16 and not hasattr(torch.compiler, 'is_compiling'):
+        pytest.skip('torch 2.1 has no float16 autocast on a CPU')
     with torch.autocast('cpu', dtype):
         maps = make_backbone().train()(images)
     check_roi_features([m.float() for m in maps], 45, 71)
