@@ -64,14 +64,14 @@ val_dataloader = dict(
 )
 test_dataloader = val_dataloader
 
-train_cfg = dict(max_iters=1200, val_interval=200)
+train_cfg = dict(max_iters=1500, val_interval=250)
 optim_wrapper = dict(optimizer=dict(lr=1e-3, weight_decay=0.05), clip_grad=dict(max_norm=5.0))
 param_scheduler = [
     dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=100),
-    dict(type='PolyLR', eta_min=1e-5, power=1.0, by_epoch=False, begin=100, end=1200),
+    dict(type='PolyLR', eta_min=1e-5, power=1.0, by_epoch=False, begin=100, end=1500),
 ]
 default_hooks = dict(
     logger=dict(interval=25),
-    checkpoint=dict(interval=200, max_keep_ckpts=2, save_best='mIoU'),
+    checkpoint=dict(interval=250, max_keep_ckpts=2, save_best='mIoU'),
 )
 randomness = dict(seed=0)
