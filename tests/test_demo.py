@@ -83,27 +83,32 @@ def test_knows_when_each_training_is_over():
 
 @pytest.mark.slow
 @pytest.mark.timeout(3000)
-def test_the_demo_reaches_its_targets_and_resumes(tmp_path):
+@pytest.mark.parametrize(
+    'task, after_a_checkpoint',
+    [('det', r'Epoch\(train\) +\[2\]'), ('seg', r'Iter\(train\) \[ *275/')],
+)
+def test_the_demo_reaches_its_targets_and_resumes(tmp_path, task, after_a_checkpoint):
     """``tools/demo.py`` as ``make demo`` runs it, killed once in the middle of training."""
+    work_dir = tmp_path / demo.DEMOS[task].work_dir
     for name in ('configs', 'tools'):
         (tmp_path / name).symlink_to(REPOSITORY / name)
-    command = [sys.executable, 'tools/demo.py']
+    command = [sys.executable, 'tools/demo.py', task]
     first = subprocess.Popen(
         command, cwd=tmp_path, stdout=subprocess.PIPE, text=True, start_new_session=True
     )
     with first:
         for line in first.stdout:
-            if re.search(r'Epoch\(train\) +\[2\]', line):
+            if re.search(after_a_checkpoint, line):
                 break
         # The training is a child of the demo; a power cut would take both.
         os.killpg(first.pid, signal.SIGKILL)
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert 'going on from' in done.stdout
-    metrics = json.loads(max((tmp_path / 'work_dirs/demo/test').glob('*/*.json')).read_text())
-    for name, least in demo.DEMOS['det'].targets.items():
+    metrics = json.loads(max((work_dir / 'test').glob('*/*.json')).read_text())
+    for name, least in demo.DEMOS[task].targets.items():
         assert metrics[name] >= least, f'{name} = {metrics[name]}'
     for picture in ('curves.png', 'predictions.png'):
-        assert cv2.imread(str(tmp_path / 'work_dirs/demo' / picture)) is not None
+        assert cv2.imread(str(work_dir / picture)) is not None
     again = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert 'finished before' in again.stdout
