@@ -3,7 +3,6 @@ _base_ = './retinanet_lavit_s_coco.py'
 
 norm_cfg = dict(type='GN', num_groups=8)
 model = dict(
-    data_preprocessor=dict(pad_size_divisor=32),
     backbone=dict(arch='nano', drop_path_rate=0.0),
     neck=dict(in_channels=[64, 160, 320], out_channels=64, num_outs=3, norm_cfg=norm_cfg),
     bbox_head=dict(

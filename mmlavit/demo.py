@@ -82,7 +82,7 @@ def run(demo: Demo) -> dict[str, float]:
     print(f'[1/4] data in {SHAPES}', flush=True)
     make_shapes(SHAPES, ShapesRecipe())
 
-    print('[2/4] ', end='')
+    print('[2/4] training', flush=True)
     best = train(demo.config, demo.work_dir)
 
     print(f'[3/4] testing {best}', flush=True)
@@ -119,10 +119,10 @@ def train(config: Path, work_dir: Path, *options: str) -> Path:
     last = last_checkpoint(Config.fromfile(config))
     latest = find_latest_checkpoint(str(work_dir)) if work_dir.is_dir() else None
     if latest and Path(latest).name == last:
-        print(f'training {config.stem}: finished before ({latest})', flush=True)
+        print(f'{config.stem}: finished before ({latest})', flush=True)
     else:
         start = f'going on from {latest}' if latest else f'up to {last}'
-        print(f'training {config.stem}: {start}', flush=True)
+        print(f'{config.stem}: {start}', flush=True)
         more = ['--cfg-options', *options] if options else []
         _tool('train.py', config, '--work-dir', work_dir, '--resume', *more)
     return max(work_dir.glob('best_*.pth'), key=lambda path: path.stat().st_mtime)

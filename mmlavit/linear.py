@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# torch 2.1 has it under another name.
+# torch 2.1 has it under another name, and it does not tell there in every function; what is then
+# compiled is the convolution, which computes the same.
 _is_compiling = getattr(torch.compiler, 'is_compiling', None) or torch._utils.is_compiling
 
 

@@ -79,7 +79,7 @@ STACKS = {
             others=frozenset(
                 ('mmengine', 'mmcv-full', 'mmcv-lite', 'mmdet', 'mmsegmentation', 'mmpretrain')
             ),
-            pythons=((3, 10), (3, 11)),
+            pythons=((3, 11), (3, 11)),
         ),
     )
 }
@@ -166,7 +166,7 @@ def python_problem(version: tuple[int, ...], executable: str, stack: Stack) -> s
     span = f'{".".join(map(str, first))} to {".".join(map(str, last))}'
     return (
         f'Python {span} is needed, and {executable} is Python {found}; '
-        'choose another with: make install PYTHON=python3.11'
+        'choose another, such as PYTHON=python3.11'
     )
 
 
@@ -457,8 +457,7 @@ def make_environment(env: Environment) -> None:
     if rivals:
         raise Problem(
             f'{where} holds {", ".join(rivals)}, whose files the {env.stack.name} distributions '
-            f'would overwrite; choose another environment with: make install '
-            f'VENV=.venv-{env.stack.name}'
+            f'would overwrite; choose another environment, such as VENV=.venv-{env.stack.name}'
         )
     forgotten = forget_half_installed(env.site_packages)
     if env.probe('import pip'):
