@@ -3,7 +3,8 @@ _base_ = './maskrcnn_lavit_s_coco.py'
 
 norm_cfg = dict(type='GN', num_groups=8)
 model = dict(
-    backbone=dict(arch='nano', drop_path_rate=0.0),
+    # These windows divide the maps of a 96 x 96 image, so nothing is spent on padding.
+    backbone=dict(arch='nano', window_sizes=(8, 12, 6, 3), drop_path_rate=0.0),
     neck=dict(in_channels=[32, 64, 160, 320], out_channels=64, num_outs=4, norm_cfg=norm_cfg),
     rpn_head=dict(
         in_channels=64,
@@ -59,11 +60,11 @@ test_dataloader = val_dataloader
 val_evaluator = dict(ann_file='data/shapes/coco/annotations/instances_val2017.json')
 test_evaluator = val_evaluator
 
-train_cfg = dict(max_epochs=5, val_interval=1)
+train_cfg = dict(max_epochs=4, val_interval=1)
 param_scheduler = [
     dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=100),
     dict(
-        type='CosineAnnealingLR', by_epoch=True, T_max=5, eta_min=1e-5, convert_to_iter_based=True
+        type='CosineAnnealingLR', by_epoch=True, T_max=4, eta_min=1e-5, convert_to_iter_based=True
     ),
 ]
 optim_wrapper = dict(optimizer=dict(lr=1e-3), clip_grad=dict(max_norm=5.0))

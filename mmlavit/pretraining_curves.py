@@ -9,14 +9,14 @@ import matplotlib
 from .demo import DEMOS, SHAPES, read_scalars, train
 from .shapes import ShapesRecipe, make_shapes
 
-WORK_DIR = Path('work_dirs/pretraining')
+WORK_DIR = Path('work_dirs/demo-seg-pretrained')
 
 
 def compare(out: Path) -> Path:
     """Train the classifier of the demo, then UPerNet with and without its weights, and plot.
 
     Data, seed, iterations and all settings are the same; only the backbone's first weights differ.
-    What an earlier call has trained is not trained again.
+    What an earlier call or the demos have trained is not trained again.
 
     Args:
         out: Picture to write.
@@ -30,11 +30,10 @@ def compare(out: Path) -> Path:
     make_shapes(SHAPES, ShapesRecipe())
     checkpoint = train(DEMOS['cls'].config, DEMOS['cls'].work_dir)
     curves = {}
-    for name, options in (
-        ('from scratch', []),
-        ('from the classifier', [f'model.backbone.init_cfg.checkpoint={checkpoint}']),
+    for name, work_dir, options in (
+        ('from scratch', DEMOS['seg'].work_dir, []),
+        ('from the classifier', WORK_DIR, [f'model.backbone.init_cfg.checkpoint={checkpoint}']),
     ):
-        work_dir = WORK_DIR / name.replace(' ', '_')
         train(DEMOS['seg'].config, work_dir, *options)
         records = [record for record in read_scalars(work_dir) if 'mIoU' in record]
         curves[name] = {record['step']: record['mIoU'] for record in records}

@@ -33,10 +33,14 @@ from tqdm import tqdm
 CLASSES = ('circle', 'square', 'triangle')
 
 # Raise it whenever the same recipe would give other files: it is part of the data set's identity.
-GENERATOR = {'name': 'mmlavit.shapes', 'version': 2}
+GENERATOR = {'name': 'mmlavit.shapes', 'version': 3}
 
 MIN_SIZE = 32  # below it the smallest triangle is a few pixels that look like anything
-RADIUS = (0.16, 0.28)  # of the disc of equal area, as a share of the image side
+# Radius of the disc of equal area, as a share of the image side: of the first shape, which nearly
+# always stays the largest and names the image, and of the others. From shapes all of one range a
+# classifier learns next to nothing in the time of a demo: image labels alone tell too little.
+LEADER = (0.26, 0.31)
+OTHERS = (0.12, 0.17)
 MIN_VISIBLE = 0.7  # of every shape, after the shapes drawn over it
 MIN_LEAD = 1.25  # of the largest shape's area over every other class's, as it names the image
 MIN_PART = 6  # pixels; a smaller visible fragment is no fair target for a detector
@@ -79,7 +83,7 @@ class ShapesRecipe:
     """
 
     num_train: int = 3000
-    num_val: int = 100
+    num_val: int = 200
     size: int = 96
     max_shapes: int = 3
     seed: int = 0
@@ -213,10 +217,11 @@ def _place_shapes(
     instances: list[Instance] = []
     coverages: list[np.ndarray] = []
     areas: list[int] = []
-    for _ in range(count):
+    for index in range(count):
         label = int(rng.integers(len(CLASSES)))
         for _ in range(TRIES):
-            coverage = _random_shape(rng, size, CLASSES[label])
+            radius = size * rng.uniform(*(OTHERS if index else LEADER))
+            coverage = _random_shape(rng, size, CLASSES[label], radius)
             mask = coverage >= 0.5
             below = [Instance(i.label, i.mask & ~mask) for i in instances]
             visible = all(_well_visible(i.mask, area) for i, area in zip(below, areas, strict=True))
@@ -230,13 +235,14 @@ def _place_shapes(
     return instances, coverages
 
 
-def _random_shape(rng: np.random.Generator, size: int, name: str) -> np.ndarray:
-    """``(size, size)`` share of every pixel covered by a shape of random size, turn and place."""
+def _random_shape(rng: np.random.Generator, size: int, name: str, radius: float) -> np.ndarray:
+    """``(size, size)`` share of every pixel covered by a shape of random turn and place.
+
+    Its area is that of a disc of ``radius`` pixels: with one range of corner distances for all
+    classes a circle would have 2.4 times the area of a triangle, and be the largest nearly always.
+    """
     corners = _CORNERS[name]
-    # The area is drawn first and the corners' distance follows from it. With one range of corner
-    # distances for all classes a circle would have 2.4 times the area of a triangle, and the
-    # largest shape of an image (its ImageNet label) would nearly always be a circle.
-    area = np.pi * (size * rng.uniform(*RADIUS)) ** 2
+    area = np.pi * radius**2
     reach = np.sqrt(2 * area / (corners * np.sin(2 * np.pi / corners)))
     turn = _UPRIGHT[name] + rng.uniform(-TURN, TURN)
     angles = 2 * np.pi * np.arange(corners) / corners + turn

@@ -85,7 +85,11 @@ def test_knows_when_each_training_is_over():
 @pytest.mark.timeout(3000)
 @pytest.mark.parametrize(
     'task, after_a_checkpoint',
-    [('det', r'Epoch\(train\) +\[2\]'), ('seg', r'Iter\(train\) \[ *275/')],
+    [
+        ('det', r'Epoch\(train\) +\[2\]'),
+        ('seg', r'Iter\(train\) \[ *275/'),
+        ('cls', r'Epoch\(train\) +\[2\]'),
+    ],
 )
 def test_the_demo_reaches_its_targets_and_resumes(tmp_path, task, after_a_checkpoint):
     """``tools/demo.py`` as ``make demo`` runs it, killed once in the middle of training."""
