@@ -191,17 +191,3 @@ class WindowGrid:
             for j in range(r):
                 out[:, :, :, :, i, :, j, :, i, :, j, :] = blocks[:, :, i, :, j]
         return out.reshape(-1, num_heads, self.window**2, self.window**2)
-
-    def pair_blocks(self, scores: Tensor) -> Tensor:
-        """See each window's map of pairs in 2 x 2 blocks of query tokens and of key tokens.
-
-        Args:
-            scores: Maps (windows, num_heads, n, n); ``window`` must be even.
-
-        Returns:
-            Tensor (windows, num_heads, 4 * n/4, 4 * n/4) with the tokens of both axes in
-            2x2-block order: the four tokens of a block follow each other.
-        """
-        s = self.window // 2
-        x = scores.reshape(*scores.shape[:2], s, 2, s, 2, s, 2, s, 2)
-        return x.permute(0, 1, 2, 4, 3, 5, 6, 8, 7, 9).reshape(scores.shape)

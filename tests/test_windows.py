@@ -107,19 +107,3 @@ def test_nest_places_each_window_on_the_diagonal(height, width, prev_window, win
                     block = blocks[(b * prev.rows + home[0]) * prev.cols + home[1]]
                     expected = block[:, y % s * s + x % s, v % s * s + u % s]
                 assert torch.equal(out[index, :, i, j], expected)
-
-
-def test_pair_blocks_bring_the_tokens_of_a_block_together():
-    grid = WindowGrid(4, 4, 4)
-    n = 16
-    scores = torch.arange(n * n).view(1, 1, n, n)
-    out = grid.pair_blocks(scores)
-    # Block (y, x), token (a, b) in it, is token (2y + a, 2x + b) of the window.
-    order = [
-        (2 * y + a) * 4 + 2 * x + b
-        for y in range(2)
-        for x in range(2)
-        for a in range(2)
-        for b in range(2)
-    ]
-    assert torch.equal(out[0, 0], scores[0, 0][order][:, order])
