@@ -40,8 +40,8 @@ class AttentionResidual(nn.Module):
     ) -> None:
         super().__init__()
         nesting_ratio(prev_window, window)
-        # Kernel 4 over (query, key) with the four tokens of a block following each other is kernel 2
-        # along each of the four spatial axes. See `kernel` for how the two are applied.
+        # Kernel 4 over (query, key), with the four tokens of a block one after the other, is kernel
+        # 2 along each of the four spatial axes. See `kernel` for how the two are applied.
         self.dwconv = nn.Conv2d(prev_heads, prev_heads, 4, 4, groups=prev_heads, bias=False)
         self.pwconv = nn.Conv2d(prev_heads, num_heads, 1, bias=False)
         self.layer_scale = nn.Parameter(torch.full((num_heads,), layer_scale_init))
@@ -74,7 +74,8 @@ class AttentionResidual(nn.Module):
             block, then of the key.
         """
         scaled = self.pwconv.weight * self.layer_scale[:, None, None, None]
-        return (scaled * self.dwconv.weight.transpose(0, 1)).unflatten(3, (2, 2)).unflatten(2, (2, 2))
+        kernel = scaled * self.dwconv.weight.transpose(0, 1)
+        return kernel.unflatten(3, (2, 2)).unflatten(2, (2, 2))
 
 
 def halve_pairs(scores: Tensor, kernel: Tensor) -> Tensor:

@@ -220,7 +220,8 @@ def test_windows_may_differ(name, windows, pretrained, log):
     model.init_weights()
 
     expected = source.model.backbone.state_dict()
-    stages = [m for m, window in enumerate(windows) if window != 8]
+    before = source.model.backbone.window_sizes
+    stages = [m for m in range(4) if windows[m] != before[m]]
     resized = [
         name
         for name in expected
@@ -237,7 +238,7 @@ def test_windows_may_differ(name, windows, pretrained, log):
     (told,) = (line for line in log if line.startswith('LaViT: '))
     assert told == (
         f'LaViT: resized Psi and Theta of {len(stages)} layers from window sizes '
-        f'(8, 8, 8, 8) to {windows} by interpolation'
+        f'{before} to {windows} by interpolation'
     )
     with torch.no_grad():
         maps = model.eval().backbone(images(1, 3, 40, 50).float())
