@@ -74,7 +74,7 @@ class AttentionResidual(nn.Module):
             block, then of the key.
         """
         scaled = self.pwconv.weight * self.layer_scale[:, None, None, None]
-        kernel = scaled * self.dwconv.weight.transpose(0, 1)
+        kernel = scaled * self.dwconv.weight.squeeze(1)
         return kernel.unflatten(3, (2, 2)).unflatten(2, (2, 2))
 
 
