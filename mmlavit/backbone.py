@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
+import torch
 from mmengine.logging import print_log
 from mmengine.model import BaseModule
 from mmengine.model.weight_init import trunc_normal_
@@ -15,9 +16,12 @@ from torch.utils.checkpoint import checkpoint
 from .arch import NUM_STAGES, Arch, per_stage_ints
 from .attention import LessAttention, VanillaAttention
 from .attention_residual import AttentionResidual
-from .block import Block, PatchEmbed
+from .block import Block, PatchEmbed, keeps_activations
 from .checkpoint import check_arch, fit_windows, strip_prefix, windows_of
 from .windows import WindowGrid, nesting_ratio
+
+# Hidden activations of so many tokens fit the second-level cache of current CPUs.
+TOKENS_AT_A_TIME = 2048
 
 
 class Stage(nn.Module):
@@ -65,16 +69,21 @@ class Stage(nn.Module):
         residual = None
         if self.attention_residual is not None:
             residual = self.attention_residual(scores, prev, grid)
+        if keeps_activations(self):
+            slabs = grid.whole(len(x))
+        else:
+            slabs = grid.slabs(len(x), TOKENS_AT_A_TIME)
+        per_slab = [None] * len(slabs)
+        if residual is not None:
+            per_slab = residual.split([slab.count for slab in slabs])
         for i, block in enumerate(self.blocks):
-            if i == 0:
-                scores = residual
-            elif isinstance(block.attn, VanillaAttention):
-                scores = None
+            if i > 0 and isinstance(block.attn, VanillaAttention):
+                per_slab = [None] * len(slabs)
             if self.with_cp and x.requires_grad:
-                x, scores = checkpoint(block, x, grid, scores, use_reentrant=False)
+                x, per_slab = checkpoint(block, x, slabs, per_slab, use_reentrant=False)
             else:
-                x, scores = block(x, grid, scores)
-        return x, scores, grid
+                x, per_slab = block(x, slabs, per_slab)
+        return x, torch.cat(per_slab) if len(slabs) > 1 else per_slab[0], grid
 
 
 @MODELS.register_module()

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .attention import LessAttention, VanillaAttention
 from .linear import Linear, is_traced
-from .windows import WindowGrid, pad_map
+from .windows import Slab, pad_map
 
-# Hidden activations of so many tokens fit the second-level cache of current CPUs.
-TOKENS_AT_A_TIME = 2048
+
+def keeps_activations(module: nn.Module) -> bool:
+    """Whether a forward pass must leave what a backward pass, or whoever records it, needs."""
+    return module.training or torch.is_grad_enabled() or is_traced()
 
 
 class PatchEmbed(nn.Module):
@@ -115,27 +119,44 @@ class Block(nn.Module):
         self.mlp = MLP(embed_dims, int(embed_dims * mlp_ratio), drop_rate)
         self.drop_path = DropPath(drop_path_rate)
 
-    def forward(self, x: Tensor, grid: WindowGrid, scores: Tensor | None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, x: Tensor, slabs: Sequence[Slab], scores: Sequence[Tensor | None]
+    ) -> tuple[Tensor, list[Tensor]]:
         """Run the layer.
+
+        All but the position convolution stays within windows, so it runs slab by slab.
 
         Args:
             x: Map of tokens (B, H, W, embed_dims).
-            grid: Grid of the windows over that map.
-            scores: What the attention takes beside the tokens: the residual from the previous
-                stage or None (vanilla), the scores of the layer before (less).
+            slabs: Pieces of that map, all together the whole of it. With gradients there may be
+                only one.
+            scores: For each slab what the attention takes beside the tokens: the residual from the
+                previous stage or None (vanilla), the scores of the layer before (less).
 
         Returns:
-            The new map and the layer's scores (windows, heads, n, n).
+            The new map and each slab's scores (windows, heads, n, n).
         """
         x = self.add_position(x)
-        z, scores = self.attn(grid.pad(self.norm1(x)), grid, scores)
-        x = (x + self.drop_path(grid.crop(z))).contiguous()
-        if self.training or torch.is_grad_enabled() or is_traced():
-            return x + self.drop_path(self.mlp(self.norm2(x))), scores
-        # The same in place, a few tokens at a time: their hidden activations stay in the cache.
-        for tokens in x.view(-1, x.shape[-1]).split(TOKENS_AT_A_TIME):
+        if len(slabs) == 1 and keeps_activations(self):
+            (slab,), (given,) = slabs, scores
+            z, kept = self.attend(x, slab, given)
+            x = x + self.drop_path(z)
+            return x + self.drop_path(self.mlp(self.norm2(x))), [kept]
+        # The same in place. The hidden activations of a slab stay in the cache, and memory that one
+        # slab has used serves the next instead of coming fresh from the system, page by page.
+        kept = []
+        for slab, given in zip(slabs, scores, strict=True):
+            tokens = slab.of(x)
+            z, slab_scores = self.attend(tokens, slab, given)
+            tokens += z
             tokens += self.mlp(self.norm2(tokens))
-        return x, scores
+            kept.append(slab_scores)
+        return x, kept
+
+    def attend(self, x: Tensor, slab: Slab, scores: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The attention branch on tokens (B, H, W, embed_dims) of a slab, and its scores."""
+        z, scores = self.attn(slab.grid.pad(self.norm1(x)), slab.grid, scores)
+        return slab.grid.crop(z), scores
 
     def add_position(self, x: Tensor) -> Tensor:
         """``x + conv(x)`` over the map of tokens (B, H, W, embed_dims)."""

@@ -47,6 +47,8 @@ def prefers_convolution(x: Tensor) -> bool:
         x.device.type == 'cpu'
         and x.dtype == torch.float32
         and torch.backends.mkldnn.is_available()
+        # On one thread PyTorch itself takes a plain product for a 1 x 1 convolution, and copies.
+        and torch.get_num_threads() > 1
         and not is_traced()
     )
 

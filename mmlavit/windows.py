@@ -94,6 +94,43 @@ class WindowGrid:
         """Whether any window holds padded tokens."""
         return (self.rows * self.window, self.cols * self.window) != (self.height, self.width)
 
+    def whole(self, batch: int) -> list[Slab]:
+        """A batch of maps in one piece.
+
+        Args:
+            batch: Maps in the batch.
+
+        Returns:
+            One slab.
+        """
+        return [Slab(slice(0, batch), slice(0, self.height), self)]
+
+    def slabs(self, batch: int, tokens: int) -> list[Slab]:
+        """Cut a batch of maps into pieces that share no window.
+
+        Args:
+            batch: Maps in the batch.
+            tokens: Roughly how many tokens a piece should hold.
+
+        Returns:
+            Groups of whole maps or, where a map has more tokens than that, rows of windows of one
+            map, in the order in which the windows are counted.
+        """
+        group = tokens // (self.height * self.width)
+        if group:
+            starts = range(0, batch, group)
+            return [
+                Slab(slice(i, min(i + group, batch)), slice(0, self.height), self) for i in starts
+            ]
+        rows = max(1, tokens // (self.window * self.width)) * self.window
+        cuts = [slice(y, min(y + rows, self.height)) for y in range(0, self.height, rows)]
+        grids = [WindowGrid(cut.stop - cut.start, self.width, self.window) for cut in cuts]
+        return [
+            Slab(slice(i, i + 1), cut, grid)
+            for i in range(batch)
+            for cut, grid in zip(cuts, grids, strict=True)
+        ]
+
     def pad(self, x: Tensor) -> Tensor:
         """Fill the last windows up with zeros.
 
@@ -191,3 +228,27 @@ class WindowGrid:
             for j in range(r):
                 out[:, :, :, :, i, :, j, :, i, :, j, :] = blocks[:, :, i, :, j]
         return out.reshape(-1, num_heads, self.window**2, self.window**2)
+
+
+@dataclass(frozen=True)
+class Slab:
+    """Some windows of a batch of maps of tokens.
+
+    Args:
+        images: Which maps.
+        rows: Which rows of their tokens.
+        grid: Grid of the windows over those rows.
+    """
+
+    images: slice
+    rows: slice
+    grid: WindowGrid
+
+    @property
+    def count(self) -> int:
+        """Windows, over all maps."""
+        return (self.images.stop - self.images.start) * self.grid.rows * self.grid.cols
+
+    def of(self, x: Tensor) -> Tensor:
+        """The slab's tokens of a batch of maps (B, H, W, C), a view."""
+        return x[self.images, self.rows]

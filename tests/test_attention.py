@@ -161,7 +161,7 @@ def test_block_is_the_reference_block(kind):
     attn = VanillaAttention(DIMS, HEADS) if kind == 'vanilla' else LessAttention(DIMS, HEADS, 4)
     block = noisy(Block(DIMS, attn, 2))
     x, given = images(1, 6, 5, DIMS), random_scores(grid, HEADS)
-    out, scores = block(x, grid, given)
+    out, (scores,) = block(x, grid.whole(1), [given])
     residual, prev = (
         (as_dict(given, grid), None) if kind == 'vanilla' else (None, as_dict(given, grid))
     )
@@ -171,15 +171,19 @@ def test_block_is_the_reference_block(kind):
 
 
 def test_a_block_gives_the_same_with_and_without_gradients():
-    """Without gradients the MLP runs in place, a few tokens at a time; more than one lot here."""
-    grid = WindowGrid(60, 40, 4)
+    """Without gradients it runs in place, slab by slab."""
+    grid = WindowGrid(30, 21, 4)
     block = noisy(Block(DIMS, VanillaAttention(DIMS, HEADS), 2))
-    x = images(1, 60, 40, DIMS)
+    x = images(3, 30, 21, DIMS)
     kept = x.clone()
-    expected = block(x, grid, None)[0].detach()
-    with torch.no_grad():
+    expected, (scores,) = block(x, grid.whole(3), [None])
+    for tokens in (1, 200, 700, 1300, 10_000):
+        slabs = grid.slabs(3, tokens)
         for lying in (x, x.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)):
-            torch.testing.assert_close(block(lying, grid, None)[0], expected, rtol=0, atol=1e-12)
+            with torch.no_grad():
+                out, parts = block(lying, slabs, [None] * len(slabs))
+            torch.testing.assert_close(out, expected.detach(), rtol=0, atol=1e-12)
+            torch.testing.assert_close(torch.cat(parts), scores.detach(), rtol=0, atol=1e-12)
     assert torch.equal(x, kept), 'the input must stay as it was'
 
 
@@ -190,9 +194,9 @@ def test_autocast_does_not_narrow_the_stream_between_layers(dtype):
     block = noisy(Block(DIMS, VanillaAttention(DIMS, HEADS), 2)).float()
     x = images(1, 6, 5, DIMS).to(dtype)
     with torch.no_grad():
-        expected = block(x.float(), grid, None)[0]
+        expected = block(x.float(), grid.whole(1), [None])[0]
         with torch.autocast('cpu', dtype=torch.bfloat16):
-            out = block(x, grid, None)[0]
+            out = block(x, grid.whole(1), [None])[0]
     assert out.dtype == dtype
     torch.testing.assert_close(out.float(), expected, rtol=0.1, atol=0.1)
 

@@ -55,7 +55,9 @@ class TestWorkload:
 
     def test_autocast(self):
         seen = []
-        work = BackboneWorkload(TwoConvolutions, Task('training', (1, 3, 4, 4)), Settings(amp='bf16'))
+        work = BackboneWorkload(
+            TwoConvolutions, Task('training', (1, 3, 4, 4)), Settings(amp='bf16')
+        )
         work.model.register_forward_hook(lambda m, x, y: seen.append(y[0].dtype))
         work.step()
         assert seen == [torch.bfloat16]

@@ -77,7 +77,11 @@ def test_compiled_as_a_plain_linear_layer():
 
 def test_the_fast_route_is_taken_where_it_can_be(monkeypatch):
     x = torch.zeros(2, 3)
+    monkeypatch.setattr(torch, 'get_num_threads', lambda: 2)
     assert prefers_convolution(x) == torch.backends.mkldnn.is_available()
+    monkeypatch.setattr(torch, 'get_num_threads', lambda: 1)
+    assert not prefers_convolution(x)
+    monkeypatch.setattr(torch, 'get_num_threads', lambda: 2)
     monkeypatch.setattr(torch.backends.mkldnn, 'is_available', lambda: False)
     assert not prefers_convolution(x)
 

@@ -46,6 +46,27 @@ def test_valid_is_one_partitioned(height, width, window):
     assert grid.valid().any(dim=1).all(), 'every window holds a real token'
 
 
+@given(*[st.integers(1, 20)] * 2, st.integers(1, 6), st.integers(1, 4), st.integers(1, 500))
+def test_slabs_are_all_windows_in_order(height, width, window, batch, tokens):
+    grid = WindowGrid(height, width, window)
+    x = torch.arange(batch * height * width).view(batch, height, width, 1)
+    expected = grid.partition(grid.pad(x), 1, 1)[0]
+    slabs = grid.slabs(batch, tokens)
+    parts = [slab.grid.partition(slab.grid.pad(slab.of(x)), 1, 1)[0] for slab in slabs]
+    assert torch.equal(torch.cat(parts), expected)
+    assert [slab.count for slab in slabs] == [len(part) for part in parts]
+    # No more tokens than asked for, but for a single row of windows.
+    least = width * min(window, height)
+    assert all(slab.of(x).numel() <= max(tokens, least) for slab in slabs)
+
+
+def test_the_whole_is_one_slab():
+    grid = WindowGrid(5, 7, 4)
+    (slab,) = grid.whole(3)
+    x = torch.rand(3, 5, 7, 2)
+    assert slab.grid == grid and slab.count == 3 * 4 and torch.equal(slab.of(x), x)
+
+
 @given(st.integers(0, 50), st.integers(1, 9))
 def test_ceil_div(a, b):
     assert (ceil_div(a, b) - 1) * b < a <= ceil_div(a, b) * b

@@ -47,9 +47,7 @@ def _on_cpu(
     return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
 
 
-def _on_gpu(
-    name: str, task: Task, settings: Settings, memory_format: torch.memory_format
-) -> float:
+def _on_gpu(name: str, task: Task, settings: Settings, memory_format: torch.memory_format) -> float:
     work = BackboneWorkload(BACKBONES[name], task, settings, memory_format)
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()

@@ -62,7 +62,7 @@ def markdown(machine: dict[str, object], comparisons: Sequence[Sequence[Row]]) -
         Markdown. Ratios are a model's figure over the first model's: over 1 speaks for the first.
     """
     lines = [', '.join(f'{name} {value}' for name, value in machine.items()), '']
-    lines += ['Medians of interleaved rounds (least - most). Ratios: over the first row\'s figure.']
+    lines += ["Medians of interleaved rounds (least - most). Ratios: over the first row's figure."]
     for rows in comparisons:
         first = rows[0]
         lines += ['', f'### {first.task}, {first.input}', '', _HEAD, '|---' * 11 + '|']
@@ -111,7 +111,9 @@ def write(
         The files.
     """
     out.mkdir(parents=True, exist_ok=True)
-    rows = [asdict(row) | {'median': row.median} for comparison in comparisons for row in comparison]
+    rows = [
+        asdict(row) | {'median': row.median} for comparison in comparisons for row in comparison
+    ]
     files = {
         out / 'results.json': json.dumps({'machine': machine, 'rows': rows}, indent=1) + '\n',
         out / 'README.md': markdown(machine, comparisons),
