@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -46,12 +47,12 @@ class AttentionResidual(nn.Module):
         self.pwconv = nn.Conv2d(prev_heads, num_heads, 1, bias=False)
         self.layer_scale = nn.Parameter(torch.full((num_heads,), layer_scale_init))
 
-    def forward(self, scores: Tensor, prev: WindowGrid, grid: WindowGrid) -> Tensor:
+    def forward(self, scores: Sequence[Tensor], prev: WindowGrid, grid: WindowGrid) -> Tensor:
         """Bring scores down one stage.
 
         Args:
-            scores: The previous stage's last scores (prev windows, prev_heads, n', n'), 0 at
-                padded pairs.
+            scores: The previous stage's last scores, 0 at padded pairs: tensors (windows,
+                prev_heads, n', n') that hold all its windows in order.
             prev: Grid of the previous stage.
             grid: Grid of this stage.
 
@@ -59,12 +60,14 @@ class AttentionResidual(nn.Module):
             Tensor (windows, num_heads, n, n): what to add to the first scores of this stage.
         """
         kernel = self.kernel()
-        if scores.is_contiguous():
-            return grid.nest(halve_pairs(scores, kernel), prev)
         # Scores may come as transposed views. Queries and keys then change places, as copying along
         # an axis that is not contiguous takes several times longer.
-        kernel = kernel.permute(0, 1, 4, 5, 2, 3)
-        return grid.nest(halve_pairs(scores.mT, kernel).mT, prev)
+        swapped = kernel.permute(0, 1, 4, 5, 2, 3)
+        halves = [
+            halve_pairs(part, kernel) if part.is_contiguous() else halve_pairs(part.mT, swapped).mT
+            for part in scores
+        ]
+        return grid.nest(torch.cat(halves), prev)
 
     def kernel(self) -> Tensor:
         """Depthwise convolution, 1x1 convolution and LayerScale as one kernel.

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
-import torch
 from mmengine.logging import print_log
 from mmengine.model import BaseModule
 from mmengine.model.weight_init import trunc_normal_
@@ -51,39 +50,41 @@ class Stage(nn.Module):
         self.with_cp = with_cp
 
     def forward(
-        self, x: Tensor, scores: Tensor | None, prev: WindowGrid | None
-    ) -> tuple[Tensor, Tensor, WindowGrid]:
+        self, x: Tensor, scores: list[Tensor] | None, prev: WindowGrid | None
+    ) -> tuple[Tensor, list[Tensor], WindowGrid]:
         """Run the stage.
 
         Args:
             x: Map of tokens (B, H', W', C') of the previous stage (or the patch embedding's).
-            scores: The previous stage's last scores, or None.
+            scores: The previous stage's last scores, slab by slab, or None.
             prev: The previous stage's grid, or None.
 
         Returns:
-            The map (B, H, W, C), its last scores (windows, heads, n, n) and its grid.
+            The map (B, H, W, C), its last scores, for each slab a tensor (windows, heads, n, n),
+            and its grid.
         """
         if self.downsample is not None:
             x = self.downsample(x)
         grid = WindowGrid(*x.shape[1:3], self.window)
-        residual = None
-        if self.attention_residual is not None:
-            residual = self.attention_residual(scores, prev, grid)
         if keeps_activations(self):
-            slabs = grid.whole(len(x))
+            slabs = grid.whole(x.shape[0])
         else:
-            slabs = grid.slabs(len(x), TOKENS_AT_A_TIME)
-        per_slab = [None] * len(slabs)
-        if residual is not None:
-            per_slab = residual.split([slab.count for slab in slabs])
+            slabs = grid.slabs(x.shape[0], TOKENS_AT_A_TIME)
+        nothing = [None] * len(slabs)
+        residual = nothing
+        if self.attention_residual is not None:
+            whole = self.attention_residual(scores, prev, grid)
+            residual = [whole] if len(slabs) == 1 else whole.split([s.count for s in slabs])
         for i, block in enumerate(self.blocks):
-            if i > 0 and isinstance(block.attn, VanillaAttention):
-                per_slab = [None] * len(slabs)
+            if i == 0:
+                scores = residual
+            elif isinstance(block.attn, VanillaAttention):
+                scores = nothing
             if self.with_cp and x.requires_grad:
-                x, per_slab = checkpoint(block, x, slabs, per_slab, use_reentrant=False)
+                x, scores = checkpoint(block, x, slabs, scores, use_reentrant=False)
             else:
-                x, per_slab = block(x, slabs, per_slab)
-        return x, torch.cat(per_slab) if len(slabs) > 1 else per_slab[0], grid
+                x, scores = block(x, slabs, scores)
+        return x, scores, grid
 
 
 @MODELS.register_module()

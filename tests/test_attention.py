@@ -96,7 +96,7 @@ def test_attention_residual_is_equations_6_and_7(height, width, prev_window, win
         as_dict(scores, prev), residual.state_dict(), prev_window, window, (grid.height, grid.width)
     )
     assert any(m.any() for m in expected.values())
-    assert_scores(residual(scores, prev, grid), expected, grid, 1e-10)
+    assert_scores(residual([scores], prev, grid), expected, grid, 1e-10)
 
 
 @torch.no_grad()
@@ -104,7 +104,9 @@ def test_the_residual_is_the_same_whichever_way_the_scores_lie_in_memory():
     prev, grid = WindowGrid(8, 8, 4), WindowGrid(4, 4, 4)
     residual, scores = noisy(AttentionResidual(3, 4, 4, 4)), random_scores(prev, 3)
     lying = scores.mT.contiguous().mT
-    torch.testing.assert_close(residual(lying, prev, grid), residual(scores, prev, grid))
+    expected = residual([scores], prev, grid)
+    for parts in ([lying], scores.split([1, 3]), [scores[:2], lying[2:]]):
+        torch.testing.assert_close(residual(parts, prev, grid), expected)
 
 
 @pytest.mark.parametrize('lying', [False, True])
@@ -212,7 +214,7 @@ def test_gradcheck():
 
     def run(x: Tensor, y: Tensor, *_: Tensor) -> Tensor:  # gradcheck moves the parameters in place
         _, scores = first(prev.pad(x), prev)
-        _, scores = vanilla(grid.pad(y), grid, residual(scores, prev, grid))
+        _, scores = vanilla(grid.pad(y), grid, residual([scores], prev, grid))
         return grid.crop(less(grid.pad(y), grid, scores)[0])
 
     x = images(1, 5, 3, 4, seed=2).requires_grad_()
