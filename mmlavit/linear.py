@@ -36,9 +36,54 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """
     if not prefers_convolution(x):
         return F.linear(x, weight, bias)
-    pixels = x.reshape(1, -1, 1, x.shape[-1]).permute(0, 3, 1, 2)
-    out = F.conv2d(pixels, weight[:, :, None, None], bias)
-    return out.permute(0, 2, 3, 1).reshape(*x.shape[:-1], weight.shape[0])
+    out = F.conv2d(_as_pixels(x), weight[:, :, None, None], bias)
+    return _as_tokens(out, x)
+
+
+def linear_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, needed: tuple[bool, bool, bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of :func:`linear`, by the same route.
+
+    Args:
+        grad: Gradient of its output (..., out_features).
+        x: Its input (..., in_features).
+        weight: Its weight (out_features, in_features).
+        needed: Which are wanted: of the input, the weight, the bias.
+
+    Returns:
+        The gradients of input, weight and bias; None where not wanted.
+    """
+    if prefers_convolution(x):
+        grad_x, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
+            _as_pixels(grad),
+            _as_pixels(x),
+            weight[:, :, None, None],
+            [weight.shape[0]],
+            *([1, 1], [0, 0], [1, 1], False, [0, 0], 1),  # stride, padding, dilation, ..., groups
+            needed,
+        )
+        return (
+            _as_tokens(grad_x, x) if needed[0] else None,
+            grad_weight.flatten(1) if needed[1] else None,
+            grad_bias,
+        )
+    rows = grad.reshape(-1, weight.shape[0])
+    return (
+        grad @ weight if needed[0] else None,
+        rows.mT @ x.reshape(-1, weight.shape[1]) if needed[1] else None,
+        rows.sum(0) if needed[2] else None,
+    )
+
+
+def _as_pixels(x: Tensor) -> Tensor:
+    """Tokens (..., C) as an image (1, C, tokens, 1) in channels_last."""
+    return x.reshape(1, -1, 1, x.shape[-1]).permute(0, 3, 1, 2)
+
+
+def _as_tokens(pixels: Tensor, like: Tensor) -> Tensor:
+    """Undo :func:`_as_pixels` for tokens that lie as those of ``like``."""
+    return pixels.permute(0, 2, 3, 1).reshape(*like.shape[:-1], -1)
 
 
 def prefers_convolution(x: Tensor) -> bool:

@@ -1,0 +1,106 @@
+"""Computed again in the backward pass: the same values and gradients, with less kept."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from small import seeded
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from mmlavit import recompute
+from mmlavit.linear import linear, linear_backward
+from mmlavit.recompute import linear_after
+
+
+def norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return F.layer_norm(x, x.shape[-1:], weight, bias)
+
+
+FUNCTIONS = {'gelu': (F.gelu, 0), 'norm': (norm, 2)}
+
+
+def inputs(count: int, dtype: torch.dtype = torch.float32, biased: bool = True) -> list[Tensor]:
+    """x, weight, bias and ``count`` parameters of the function."""
+    shapes = [(2, 5, 6), (7, 6), (7,), *[(6,)] * count]
+    tensors = [torch.randn(s, generator=seeded(1)).to(dtype).requires_grad_() for s in shapes]
+    return tensors if biased else [t if i != 2 else None for i, t in enumerate(tensors)]
+
+
+def gradients(out: Tensor, tensors: list[Tensor | None]) -> list[Tensor]:
+    wanted = [t for t in tensors if t is not None and t.requires_grad]
+    return list(torch.autograd.grad(out, wanted, torch.linspace(-1, 1, out.numel()).view_as(out)))
+
+
+@pytest.mark.parametrize('threads', [1, 2], ids='{} threads'.format)
+@pytest.mark.parametrize('frozen', [(), (0,), (1, 2), (0, 1)], ids=str)
+@pytest.mark.parametrize('biased', [True, False])
+@pytest.mark.parametrize('name', FUNCTIONS)
+def test_values_and_gradients_are_those_without(name, biased, frozen, threads, monkeypatch):
+    monkeypatch.setattr(torch, 'get_num_threads', lambda: threads)
+    function, count = FUNCTIONS[name]
+    tensors = inputs(count, biased=biased)
+    for i in frozen:
+        if tensors[i] is not None:
+            tensors[i].requires_grad_(False)
+    x, weight, bias, *parameters = tensors
+    plain = linear(function(x, *parameters), weight, bias)
+    ours = linear_after(function, x, weight, bias, *parameters)
+    assert torch.equal(ours, plain)
+    if ours.requires_grad:
+        for a, b in zip(gradients(ours, tensors), gradients(plain, tensors), strict=True):
+            torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize('name', FUNCTIONS)
+def test_gradcheck(name):
+    function, count = FUNCTIONS[name]
+    tensors = inputs(count, torch.float64)
+
+    def layer(*args: Tensor) -> Tensor:
+        return linear_after(function, *args)
+
+    assert torch.autograd.gradcheck(layer, tensors)
+    assert torch.autograd.gradgradcheck(layer, tensors)
+
+
+@pytest.mark.parametrize('threads', [1, 2])
+def test_linear_backward_is_autograds(threads, monkeypatch):
+    monkeypatch.setattr(torch, 'get_num_threads', lambda: threads)
+    x, weight, bias = inputs(0)
+    grad = torch.randn(2, 5, 7, generator=seeded(2))
+    wanted = torch.autograd.grad(linear(x, weight, bias), (x, weight, bias), grad)
+    for needed in [(True, True, True), (True, False, True), (False, True, False)]:
+        found = linear_backward(grad, x.detach(), weight.detach(), needed)
+        for a, b, is_needed in zip(found, wanted, needed, strict=True):
+            if is_needed:
+                torch.testing.assert_close(a, b)
+            else:
+                assert a is None
+
+
+def test_what_comes_out_of_the_function_is_not_kept():
+    x, weight, bias = inputs(0)
+    sizes = []
+
+    def pack(t: Tensor) -> Tensor:
+        sizes.append(t.shape)
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        linear_after(F.gelu, x, weight, bias)
+    assert sizes == [x.shape, weight.shape, bias.shape]
+
+
+def test_under_checkpointing():
+    tensors = inputs(0)
+    out = checkpoint(linear_after, F.gelu, *tensors, use_reentrant=False)
+    plain = linear(F.gelu(tensors[0]), *tensors[1:])
+    for a, b in zip(gradients(out, tensors), gradients(plain, tensors), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_autocast_takes_the_plain_way(monkeypatch):
+    monkeypatch.setattr(recompute, '_LinearAfter', None)
+    with torch.autocast('cpu', dtype=torch.bfloat16):
+        out = linear_after(F.gelu, *inputs(0))
+    assert out.dtype == torch.bfloat16
