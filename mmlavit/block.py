@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from .attention import LessAttention, VanillaAttention
 from .linear import Linear, is_traced
-from .recompute import linear_after
 from .windows import Slab, pad_map
 
 
@@ -90,9 +89,10 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map tokens (..., embed_dims) to tokens of the same shape."""
-        if self.training and self.drop.p:
+        if self.training and self.drop.p or not isinstance(self.fc2, Linear):
+            # Dropout, or somebody's own layer (LoRA, say) in our place.
             return self.drop(self.fc2(self.drop(F.gelu(self.fc1(x)))))
-        return linear_after(F.gelu, self.fc1(x), self.fc2.weight, self.fc2.bias)
+        return self.fc2(self.fc1(x), F.gelu)
 
 
 class Block(nn.Module):

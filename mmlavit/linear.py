@@ -1,6 +1,9 @@
-"""Linear layers by the fastest public route that PyTorch has on the device."""
+"""Linear layers: by the fastest public route on the device, and keeping little in training."""
 
 from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,11 +15,24 @@ _is_compiling = getattr(torch.compiler, 'is_compiling', None) or torch._utils.is
 
 
 class Linear(nn.Linear):
-    """:class:`torch.nn.Linear`, computed by :func:`linear`."""
+    """:class:`torch.nn.Linear`, computed by :func:`linear`, with what comes right before it."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map tokens (..., in_features) to tokens (..., out_features)."""
-        return linear(x, self.weight, self.bias)
+    def forward(
+        self, x: Tensor, function: Callable[..., Tensor] | None = None, *parameters: Tensor
+    ) -> Tensor:
+        """Map tokens (..., in_features) to tokens (..., out_features).
+
+        Args:
+            x: Tokens.
+            function: What to apply to ``x`` first, see :func:`linear_after`; None for nothing.
+            parameters: What else ``function`` takes.
+
+        Returns:
+            Tokens.
+        """
+        if function is None:
+            return linear(x, self.weight, self.bias)
+        return linear_after(function, x, self.weight, self.bias, *parameters)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -101,3 +117,91 @@ def prefers_convolution(x: Tensor) -> bool:
 def is_traced() -> bool:
     """Whether the code is being recorded rather than run, when sizes must not become constants."""
     return torch.jit.is_tracing() or _is_compiling()
+
+
+def linear_after(
+    function: Callable[..., Tensor],
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *parameters: Tensor,
+) -> Tensor:
+    """``function(x, *parameters) W^T + b``, computing ``function`` again in the backward pass.
+
+    A linear layer keeps its input for the backward pass. After GELU that is a tensor which can be
+    had again, for little, from the input of GELU, which is kept anyway. The numbers stay the same.
+    Under autocast and when recorded, nothing is computed again.
+
+    Args:
+        function: From tokens (..., in_features) to tokens of the same shape; cheap, and without
+            chance.
+        x: Tokens (..., in_features).
+        weight: (out_features, in_features).
+        bias: (out_features,) or None.
+        parameters: What else ``function`` takes.
+
+    Returns:
+        Tokens (..., out_features).
+    """
+    if not torch.is_grad_enabled() or is_traced() or _autocasts(x):
+        return linear(function(x, *parameters), weight, bias)
+    return _LinearAfter.apply(function, x, weight, bias, *parameters)
+
+
+def _autocasts(x: Tensor) -> bool:
+    if hasattr(torch.amp, 'is_autocast_available'):
+        kind = x.device.type
+        return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    # Before torch 2.4 there is a function for each kind of device.
+    return torch.is_autocast_enabled() or torch.is_autocast_cpu_enabled()
+
+
+class _LinearAfter(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        function: Callable[..., Tensor],
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        *parameters: Tensor,
+    ) -> Tensor:
+        return linear(function(x, *parameters), weight, bias)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.function, *tensors = inputs
+        ctx.save_for_backward(*tensors)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, bias, *parameters = ctx.saved_tensors
+        _, of_x, of_weight, of_bias, *of_parameters = ctx.needs_input_grad
+        if torch.is_grad_enabled():
+            # Gradients of gradients are wanted, so PyTorch has to see the whole computation.
+            tensors, needed = (x, weight, bias, *parameters), ctx.needs_input_grad[1:]
+            out = linear(ctx.function(x, *parameters), weight, bias)
+            return None, *_gradients(out, tensors, needed, grad, create_graph=True)
+        tensors, needed = (x, *parameters), (of_x, *of_parameters)
+        tensors = [t.detach().requires_grad_(n) for t, n in zip(tensors, needed, strict=True)]
+        with torch.enable_grad():
+            y = ctx.function(*tensors)
+        wanted = any(needed), of_weight, of_bias
+        grad_y, grad_weight, grad_bias = linear_backward(grad, y.detach(), weight, wanted)
+        grad_x, *rest = _gradients(y, tensors, needed, grad_y)
+        return None, grad_x, grad_weight, grad_bias, *rest
+
+
+def _gradients(
+    out: Tensor,
+    tensors: Sequence[Tensor],
+    needed: Sequence[bool],
+    grad: Tensor | None,
+    create_graph: bool = False,
+) -> list[Tensor | None]:
+    """Gradients of ``out`` with respect to the tensors that need one, None for the others."""
+    wanted = [t for t, is_needed in zip(tensors, needed, strict=True) if is_needed]
+    found = torch.autograd.grad(out, wanted, grad, create_graph=create_graph) if wanted else ()
+    grads = iter(found)
+    return [next(grads) if is_needed else None for is_needed in needed]

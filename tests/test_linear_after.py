@@ -7,9 +7,9 @@ from small import seeded
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from mmlavit import recompute
-from mmlavit.linear import linear, linear_backward
-from mmlavit.recompute import linear_after
+import mmlavit.linear
+from mmlavit.block import MLP
+from mmlavit.linear import linear, linear_after, linear_backward
 
 
 def norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -100,7 +100,49 @@ def test_under_checkpointing():
 
 
 def test_autocast_takes_the_plain_way(monkeypatch):
-    monkeypatch.setattr(recompute, '_LinearAfter', None)
+    monkeypatch.setattr(mmlavit.linear, '_LinearAfter', None)
     with torch.autocast('cpu', dtype=torch.bfloat16):
         out = linear_after(F.gelu, *inputs(0))
     assert out.dtype == torch.bfloat16
+
+
+def test_functional_transforms():
+    """Gradients of each sample, by vmap over grad."""
+    x, weight, bias = (t.detach() for t in inputs(0))
+
+    def loss(weight: Tensor, x: Tensor, layer) -> Tensor:
+        return layer(F.gelu, x, weight, bias).square().sum()
+
+    def plain(function, x, weight, bias):
+        return F.linear(function(x), weight, bias)
+
+    found, expected = (
+        torch.func.vmap(torch.func.grad(lambda w, x: loss(w, x, layer)), (None, 0))(weight, x)  # noqa: B023
+        for layer in (linear_after, plain)
+    )
+    torch.testing.assert_close(found, expected)
+
+
+def test_another_layer_in_the_place_of_ours_is_called():
+    """As LoRA and quantization put one there."""
+
+    class Doubled(torch.nn.Module):
+        def __init__(self, inner: torch.nn.Module):
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * self.inner(x)
+
+    mlp = MLP(6, 12)
+    x = torch.randn(3, 6, generator=seeded(1))
+    expected = 2 * mlp(x)
+    mlp.fc2 = Doubled(mlp.fc2)
+    torch.testing.assert_close(mlp(x), expected)
+
+
+def test_hooks_see_the_layer():
+    mlp, seen = MLP(6, 12), []
+    mlp.fc2.register_forward_hook(lambda module, args, out: seen.append(out.shape))
+    mlp(torch.zeros(3, 6))
+    assert seen == [(3, 6)]
