@@ -19,8 +19,9 @@ from .block import Block, PatchEmbed, keeps_activations
 from .checkpoint import check_arch, fit_windows, strip_prefix, windows_of
 from .windows import WindowGrid, nesting_ratio
 
-# Hidden activations of so many tokens fit the second-level cache of current CPUs.
-TOKENS_AT_A_TIME = 2048
+# In inference a layer works on roughly so many tokens at a time. Fewer stay in the cache, more keep
+# products large: 2048 and a whole map of 800 x 1280 took 1.17 and 1.3 times as long on two Zen cores.
+SLAB_TOKENS = 8192
 
 
 class Stage(nn.Module):
@@ -69,7 +70,7 @@ class Stage(nn.Module):
         if keeps_activations(self):
             slabs = grid.whole(x.shape[0])
         else:
-            slabs = grid.slabs(x.shape[0], TOKENS_AT_A_TIME)
+            slabs = grid.slabs(x.shape[0], SLAB_TOKENS)
         nothing = [None] * len(slabs)
         residual = nothing
         if self.attention_residual is not None:
