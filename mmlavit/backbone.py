@@ -19,8 +19,8 @@ from .block import Block, PatchEmbed, keeps_activations
 from .checkpoint import check_arch, fit_windows, strip_prefix, windows_of
 from .windows import WindowGrid, nesting_ratio
 
-# In inference a layer works on roughly so many tokens at a time. Fewer stay in the cache, more keep
-# products large: 2048 and a whole map of 800 x 1280 took 1.17 and 1.3 times as long on two Zen cores.
+# In inference a layer works on roughly so many tokens at a time. Few stay in the cache, many keep
+# products large: 2048 and a whole map of 800 x 1280 took 1.2 and 1.3 times as long on two Zen cores.
 SLAB_TOKENS = 8192
 
 
