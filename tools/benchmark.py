@@ -17,11 +17,17 @@ INFERENCE = ('4x224x224', '1x512x512', '1x800x1280', '1x1600x2560')
 TRAINING = ('4x224x224', '2x512x512', '1x800x1280')
 
 
-def size(text: str) -> tuple[int, int, int, int]:
+def shape(text: str) -> tuple[int, int, int, int]:
     """Read ``BxHxW``."""
+    batch, height, width = map(int, text.split('x'))
+    return batch, 3, height, width
+
+
+def size(text: str) -> str:
+    """Check ``BxHxW``."""
     try:
-        batch, height, width = map(int, text.split('x'))
-        return Task('inference', (batch, 3, height, width)).shape
+        Task('inference', shape(text))
+        return text
     except ValueError:
         raise argparse.ArgumentTypeError(
             f'must be images x height x width, such as 2x512x512, got {text!r}'
@@ -55,7 +61,7 @@ def parse_args() -> argparse.Namespace:
             f'--{name}',
             nargs='*',
             type=size,
-            default=[size(text) for text in default],
+            default=default,
             metavar='BxHxW',
             help=f'images of the {name} comparisons; none skips them',
         )
@@ -76,8 +82,8 @@ def main() -> None:
     settings = Settings(args.device, args.amp, args.compile)
     rate = timing.product_rate(settings)
     machine = report.describe_machine(settings, rate, args.rounds)
-    tasks = [Task('inference', shape) for shape in args.inference]
-    tasks += [Task('training', shape) for shape in args.training]
+    tasks = [Task('inference', shape(text)) for text in args.inference]
+    tasks += [Task('training', shape(text)) for text in args.training]
     runs = {
         'backbones': lambda: suites.backbones(
             args.models, tasks, settings, args.rounds, rate, not args.no_memory

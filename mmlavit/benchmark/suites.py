@@ -175,7 +175,8 @@ def _inference(settings: Settings, module: nn.Module, *args: object) -> Callable
 def detectors(names: Sequence[str], settings: Settings, rounds: int) -> Iterator[list[Row]]:
     """Compare whole detectors through mmdet: images in, detections out.
 
-    With fresh weights no class is found, so the mask heads have nothing to do in any of them.
+    Fresh weights find next to nothing (4 instances at most when tried), so the mask heads, which
+    are alike in all of them, have next to nothing to do.
 
     Args:
         names: Of :data:`DETECTORS`.
