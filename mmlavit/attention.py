@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .linear import Linear, linear, linear_after_norm
+from .mode import keeps_activations
 from .softmax import masked_softmax, softmax_product
 from .windows import WindowGrid
 
@@ -51,26 +52,38 @@ class WindowAttention(nn.Module):
         Returns:
             Tensor (parts, windows, heads, n, d).
         """
-        x = linear_after_norm(layer, norm, x, grid.pad)
-        return grid.partition(x, x.shape[-1] // self.proj.in_features, self.num_heads)
+        if keeps_activations(self):
+            x = linear_after_norm(layer, norm, x, grid.pad)
+            return grid.partition(x, x.shape[-1] // self.proj.in_features, self.num_heads)
+        # Padded tokens end as zeros here instead of as the bias. That makes no difference to the
+        # real ones, and there are fewer to project.
+        x = layer(norm(x))
+        return grid.pad_and_partition(x, x.shape[-1] // self.proj.in_features, self.num_heads)
 
     def attend(self, scores: Tensor, v: Tensor, grid: WindowGrid) -> Tensor:
         """``softmax(A) V`` over the real keys of each window, back on the map and projected.
 
         Args:
-            scores: ``A`` (windows, heads, n, n).
+            scores: ``A`` (windows, heads, n, n), 0 at padded pairs.
             v: Values (windows, heads, n, d).
             grid: Grid of the windows.
 
         Returns:
             Map of tokens (B, H, W, heads * d).
         """
-        mask = key_mask(grid, scores) if grid.padded else None
-        if self.attn_drop.p and self.training:
-            z = self.attn_drop(masked_softmax(scores, mask)) @ v
-        else:
-            z = softmax_product(scores, v, mask)
-        return self.proj_drop(grid.crop(self.proj(grid.merge(z))))
+        if keeps_activations(self):
+            mask = key_mask(grid, scores) if grid.padded else None
+            if self.attn_drop.p and self.training:
+                z = self.attn_drop(masked_softmax(scores, mask)) @ v
+            else:
+                z = softmax_product(scores, v, mask)
+            return self.proj_drop(grid.crop(self.proj(grid.merge(z))))
+        if grid.padded:
+            grid.fill_padded(scores, keys=-math.inf)
+        z = scores.softmax(dim=-1) @ v
+        if grid.padded:
+            grid.fill_padded(scores, keys=0.0)
+        return self.proj(grid.merge_and_crop(z))
 
 
 class VanillaAttention(WindowAttention):
@@ -113,7 +126,7 @@ class VanillaAttention(WindowAttention):
         """
         q, k, v = self.project(self.qkv, x, grid, norm)
         scores = scaled_product(q, k, self.scale, residual)
-        if grid.padded:
+        if grid.padded and keeps_activations(self):
             scores = zero_padded_pairs(scores, grid)
         return self.attend(scores, v, grid), scores
 
@@ -163,8 +176,10 @@ class LessAttention(WindowAttention):
         """
         (v,) = self.project(self.v, x, grid, norm)
         scores = two_sided_linear(scores, self.psi, self.theta)
-        if grid.padded:
+        if grid.padded and keeps_activations(self):
             scores = zero_padded_pairs(scores, grid)
+        elif grid.padded:
+            grid.fill_padded(scores, queries=0.0, keys=0.0)
         return self.attend(scores, v, grid), scores
 
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .attention import LessAttention, VanillaAttention
-from .linear import Linear, linear_after_norm
+from .linear import Linear, is_plain, linear_after_norm
 from .mode import keeps_activations
 from .windows import Slab, pad_map
 
@@ -93,6 +94,9 @@ class MLP(nn.Module):
             Tokens (..., embed_dims).
         """
         x = linear_after_norm(self.fc1, norm, x)
+        if not keeps_activations(self) and is_plain(self.fc1):
+            # In place: a second tensor of this size would come fresh from the system, page by page.
+            return self.fc2(torch.ops.aten.gelu_(x))
         if self.training and self.drop.p or not isinstance(self.fc2, Linear):
             # Dropout, or somebody's own layer (LoRA, say) in our place.
             return self.drop(self.fc2(self.drop(F.gelu(x))))

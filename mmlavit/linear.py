@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.flop_counter import register_flop_formula
 
 from .mode import is_traced
-from .recompute import gradients, recomputes
+from .recompute import autocasts, gradients, recomputes
+
+# Inductor's own, and so not documented, but there since torch 2.0.
+_onednn_linear = getattr(torch.ops.mkldnn, '_linear_pointwise', None)
+if _onednn_linear is not None:
+
+    @register_flop_formula(_onednn_linear)
+    def _count(x: torch.Size, weight: torch.Size, *_: Any, **__: Any) -> int:
+        return 2 * math.prod(x) * weight[0]
 
 
 class Linear(nn.Linear):
@@ -34,12 +44,18 @@ class Linear(nn.Linear):
         return linear_after(function, x, self.weight, self.bias, *parameters)
 
 
+def is_plain(layer: nn.Module) -> bool:
+    """Whether a layer is a :class:`Linear` whose output nobody else sees."""
+    return isinstance(layer, Linear) and not layer._forward_hooks
+
+
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``x W^T + b``, equal to :func:`torch.nn.functional.linear` but for rounding.
 
     PyTorch sends float32 products on a CPU to MKL, which keeps half of the vector width of an AMD
-    processor idle, and 1 x 1 convolutions to oneDNN, which does not: 200 and 440 GFLOP/s on two
-    Zen 5 cores. Where MKL is at its best the two are alike.
+    processor idle. oneDNN does not: 200 and 440 GFLOP/s on two Zen 5 cores. Where MKL is at its
+    best, oneDNN is on a par for many tokens, and ahead for few. PyTorch uses it for convolutions of
+    1 x 1, and in what ``torch.compile`` makes of a linear layer; that operator knows no gradients.
 
     Args:
         x: Tokens (..., in_features).
@@ -49,7 +65,12 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     Returns:
         Tokens (..., out_features).
     """
-    if not prefers_convolution(x):
+    if not prefers_onednn(x):
+        return F.linear(x, weight, bias)
+    if _onednn_linear is not None and not torch.is_grad_enabled():
+        return _onednn_linear(x, weight, bias, 'none', [], None)
+    if torch.get_num_threads() == 1:
+        # PyTorch itself takes a plain product for a 1 x 1 convolution, and copies.
         return F.linear(x, weight, bias)
     out = F.conv2d(_as_pixels(x), weight[:, :, None, None], bias)
     return _as_tokens(out, x)
@@ -69,7 +90,7 @@ def linear_backward(
     Returns:
         The gradients of input, weight and bias; None where not wanted.
     """
-    if prefers_convolution(x):
+    if prefers_onednn(x) and torch.get_num_threads() > 1:
         grad_x, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
             _as_pixels(grad),
             _as_pixels(x),
@@ -101,15 +122,14 @@ def _as_tokens(pixels: Tensor, like: Tensor) -> Tensor:
     return pixels.permute(0, 2, 3, 1).reshape(*like.shape[:-1], -1)
 
 
-def prefers_convolution(x: Tensor) -> bool:
-    """Whether a 1 x 1 convolution is the faster linear layer for ``x``."""
+def prefers_onednn(x: Tensor) -> bool:
+    """Whether oneDNN has the faster linear layer for ``x``."""
     return (
         x.device.type == 'cpu'
         and x.dtype == torch.float32
         and torch.backends.mkldnn.is_available()
-        # On one thread PyTorch itself takes a plain product for a 1 x 1 convolution, and copies.
-        and torch.get_num_threads() > 1
         and not is_traced()
+        and not autocasts(x)
     )
 
 

@@ -16,10 +16,11 @@ def recomputes(x: Tensor) -> bool:
     Not under autocast, whose casts a second computation would have to repeat, and not when
     recorded.
     """
-    return torch.is_grad_enabled() and not is_traced() and not _autocasts(x)
+    return torch.is_grad_enabled() and not is_traced() and not autocasts(x)
 
 
-def _autocasts(x: Tensor) -> bool:
+def autocasts(x: Tensor) -> bool:
+    """Whether autocast is on for the device of ``x``."""
     if hasattr(torch.amp, 'is_autocast_available'):
         kind = x.device.type
         return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
