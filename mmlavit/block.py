@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .attention import LessAttention, VanillaAttention
-from .linear import Linear, is_plain, linear_after_norm
+from .mlp import MLP
 from .mode import keeps_activations
 from .windows import Slab, pad_map
 
@@ -66,41 +64,6 @@ class DropPath(nn.Module):
     def extra_repr(self) -> str:
         """The probability, for ``print(model)``."""
         return f'drop_prob={self.drop_prob:.3f}'
-
-
-class MLP(nn.Module):
-    """Two linear layers with GELU between.
-
-    Args:
-        embed_dims: Channels of a token.
-        hidden_dims: Channels between the layers.
-        drop_rate: Dropout after each layer.
-    """
-
-    def __init__(self, embed_dims: int, hidden_dims: int, drop_rate: float = 0.0) -> None:
-        super().__init__()
-        self.fc1 = Linear(embed_dims, hidden_dims)
-        self.fc2 = Linear(hidden_dims, embed_dims)
-        self.drop = nn.Dropout(drop_rate)
-
-    def forward(self, x: Tensor, norm: nn.Module) -> Tensor:
-        """Map tokens, normalized first.
-
-        Args:
-            x: Tokens (..., embed_dims).
-            norm: The LayerNorm.
-
-        Returns:
-            Tokens (..., embed_dims).
-        """
-        x = linear_after_norm(self.fc1, norm, x)
-        if not keeps_activations(self) and is_plain(self.fc1):
-            # In place: a second tensor of this size would come fresh from the system, page by page.
-            return self.fc2(torch.ops.aten.gelu_(x))
-        if self.training and self.drop.p or not isinstance(self.fc2, Linear):
-            # Dropout, or somebody's own layer (LoRA, say) in our place.
-            return self.drop(self.fc2(self.drop(F.gelu(x))))
-        return self.fc2(x, F.gelu)
 
 
 class Block(nn.Module):

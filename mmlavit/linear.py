@@ -1,9 +1,12 @@
-"""Linear layers: by the fastest public route on the device, and keeping little in training."""
+"""Linear layers: by the fastest route on the device, and keeping little in training."""
 
 from __future__ import annotations
 
+import functools
 import math
+import platform
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,13 +17,118 @@ from torch.utils.flop_counter import register_flop_formula
 from .mode import is_traced
 from .recompute import autocasts, gradients, recomputes
 
-# Inductor's own, and so not documented, but there since torch 2.0.
+# Inductor's own, and so not documented, but there since torch 2.0. It knows no gradients.
 _onednn_linear = getattr(torch.ops.mkldnn, '_linear_pointwise', None)
 if _onednn_linear is not None:
 
     @register_flop_formula(_onednn_linear)
     def _count(x: torch.Size, weight: torch.Size, *_: Any, **__: Any) -> int:
         return 2 * math.prod(x) * weight[0]
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``x W^T + b``, equal to :func:`torch.nn.functional.linear` but for rounding.
+
+    PyTorch sends float32 products on a CPU to MKL, which keeps half of the vector width of an AMD
+    processor idle. oneDNN does not: 200 and 440 GFLOP/s on two Zen 5 cores. Where MKL is at its
+    best, oneDNN is on a par for many tokens, and ahead for few.
+
+    Args:
+        x: Tokens (..., in_features).
+        weight: (out_features, in_features).
+        bias: (out_features,) or None.
+
+    Returns:
+        Tokens (..., out_features).
+    """
+    if not prefers_onednn(x):
+        return F.linear(x, weight, bias)
+    if not torch.is_grad_enabled():
+        return _onednn_linear(x, weight, bias, 'none', [], None)
+    return _Linear.apply(x, weight, bias)
+
+
+def prefers_onednn(x: Tensor) -> bool:
+    """Whether oneDNN has the faster linear layer for ``x``."""
+    return (
+        x.device.type == 'cpu'
+        and x.dtype == torch.float32
+        and _onednn_linear is not None
+        and torch.backends.mkldnn.is_available()
+        and not is_traced()
+        and not autocasts(x)
+    )
+
+
+class _Linear(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return linear(x, weight, bias)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, bias = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            # Gradients of gradients are wanted, so PyTorch has to see the whole computation.
+            out = F.linear(x, weight, bias)
+            tensors = (x, weight, bias)
+            return tuple(gradients(out, tensors, ctx.needs_input_grad, grad, create_graph=True))
+        return linear_backward(grad, x, weight, ctx.needs_input_grad)
+
+
+def linear_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, needed: tuple[bool, bool, bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of :func:`linear`.
+
+    Args:
+        grad: Gradient of its output (..., out_features).
+        x: Its input (..., in_features).
+        weight: Its weight (out_features, in_features).
+        needed: Which are wanted: of the input, the weight, the bias.
+
+    Returns:
+        The gradients of input, weight and bias; None where not wanted.
+    """
+    if prefers_onednn(x) and _mkl_is_slow() and torch.get_num_threads() > 1:
+        # As those of a 1 x 1 convolution, which PyTorch sends to oneDNN, unless on one thread.
+        grad_x, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
+            _as_pixels(grad),
+            _as_pixels(x),
+            weight[:, :, None, None],
+            [weight.shape[0]],
+            *([1, 1], [0, 0], [1, 1], False, [0, 0], 1),  # stride, padding, dilation, ..., groups
+            needed,
+        )
+        return (
+            grad_x.permute(0, 2, 3, 1).reshape(x.shape) if needed[0] else None,
+            grad_weight.flatten(1) if needed[1] else None,
+            grad_bias,
+        )
+    rows = grad.reshape(-1, weight.shape[0])
+    return (
+        grad @ weight if needed[0] else None,
+        rows.mT @ x.reshape(-1, weight.shape[1]) if needed[1] else None,
+        rows.sum(0) if needed[2] else None,
+    )
+
+
+def _as_pixels(x: Tensor) -> Tensor:
+    """Tokens (..., C) as an image (1, C, tokens, 1) in channels_last."""
+    return x.reshape(1, -1, 1, x.shape[-1]).permute(0, 3, 1, 2)
+
+
+@functools.cache
+def _mkl_is_slow() -> bool:
+    """Whether this is an AMD processor. Elsewhere MKL's gradients take half to 0.9 of the time."""
+    cpuinfo = Path('/proc/cpuinfo')
+    return 'AuthenticAMD' in (cpuinfo.read_text() if cpuinfo.exists() else platform.processor())
 
 
 class Linear(nn.Linear):
@@ -47,90 +155,6 @@ class Linear(nn.Linear):
 def is_plain(layer: nn.Module) -> bool:
     """Whether a layer is a :class:`Linear` whose output nobody else sees."""
     return isinstance(layer, Linear) and not layer._forward_hooks
-
-
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """``x W^T + b``, equal to :func:`torch.nn.functional.linear` but for rounding.
-
-    PyTorch sends float32 products on a CPU to MKL, which keeps half of the vector width of an AMD
-    processor idle. oneDNN does not: 200 and 440 GFLOP/s on two Zen 5 cores. Where MKL is at its
-    best, oneDNN is on a par for many tokens, and ahead for few. PyTorch uses it for convolutions of
-    1 x 1, and in what ``torch.compile`` makes of a linear layer; that operator knows no gradients.
-
-    Args:
-        x: Tokens (..., in_features).
-        weight: (out_features, in_features).
-        bias: (out_features,) or None.
-
-    Returns:
-        Tokens (..., out_features).
-    """
-    if not prefers_onednn(x):
-        return F.linear(x, weight, bias)
-    if _onednn_linear is not None and not torch.is_grad_enabled():
-        return _onednn_linear(x, weight, bias, 'none', [], None)
-    if torch.get_num_threads() == 1:
-        # PyTorch itself takes a plain product for a 1 x 1 convolution, and copies.
-        return F.linear(x, weight, bias)
-    out = F.conv2d(_as_pixels(x), weight[:, :, None, None], bias)
-    return _as_tokens(out, x)
-
-
-def linear_backward(
-    grad: Tensor, x: Tensor, weight: Tensor, needed: tuple[bool, bool, bool]
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of :func:`linear`, by the same route.
-
-    Args:
-        grad: Gradient of its output (..., out_features).
-        x: Its input (..., in_features).
-        weight: Its weight (out_features, in_features).
-        needed: Which are wanted: of the input, the weight, the bias.
-
-    Returns:
-        The gradients of input, weight and bias; None where not wanted.
-    """
-    if prefers_onednn(x) and torch.get_num_threads() > 1:
-        grad_x, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
-            _as_pixels(grad),
-            _as_pixels(x),
-            weight[:, :, None, None],
-            [weight.shape[0]],
-            *([1, 1], [0, 0], [1, 1], False, [0, 0], 1),  # stride, padding, dilation, ..., groups
-            needed,
-        )
-        return (
-            _as_tokens(grad_x, x) if needed[0] else None,
-            grad_weight.flatten(1) if needed[1] else None,
-            grad_bias,
-        )
-    rows = grad.reshape(-1, weight.shape[0])
-    return (
-        grad @ weight if needed[0] else None,
-        rows.mT @ x.reshape(-1, weight.shape[1]) if needed[1] else None,
-        rows.sum(0) if needed[2] else None,
-    )
-
-
-def _as_pixels(x: Tensor) -> Tensor:
-    """Tokens (..., C) as an image (1, C, tokens, 1) in channels_last."""
-    return x.reshape(1, -1, 1, x.shape[-1]).permute(0, 3, 1, 2)
-
-
-def _as_tokens(pixels: Tensor, like: Tensor) -> Tensor:
-    """Undo :func:`_as_pixels` for tokens that lie as those of ``like``."""
-    return pixels.permute(0, 2, 3, 1).reshape(*like.shape[:-1], -1)
-
-
-def prefers_onednn(x: Tensor) -> bool:
-    """Whether oneDNN has the faster linear layer for ``x``."""
-    return (
-        x.device.type == 'cpu'
-        and x.dtype == torch.float32
-        and torch.backends.mkldnn.is_available()
-        and not is_traced()
-        and not autocasts(x)
-    )
 
 
 def linear_after_norm(
@@ -218,7 +242,7 @@ class _LinearAfter(torch.autograd.Function):
         if torch.is_grad_enabled():
             # Gradients of gradients are wanted, so PyTorch has to see the whole computation.
             tensors, needed = (x, weight, bias, *parameters), ctx.needs_input_grad[1:]
-            out = linear(ctx.function(x, *parameters), weight, bias)
+            out = F.linear(ctx.function(x, *parameters), weight, bias)
             return None, *gradients(out, tensors, needed, grad, create_graph=True)
         tensors, needed = (x, *parameters), (of_x, *of_parameters)
         tensors = [t.detach().requires_grad_(n) for t, n in zip(tensors, needed, strict=True)]
