@@ -124,7 +124,7 @@ class VanillaAttention(WindowAttention):
         Returns:
             The new map (B, H, W, embed_dims) and the scores (windows, heads, n, n).
         """
-        q, k, v = self.project(self.qkv, x, grid, norm)
+        q, k, v = self.project(self.qkv, x, grid, norm).unbind(0)
         scores = scaled_product(q, k, self.scale, residual)
         if grid.padded and keeps_activations(self):
             scores = zero_padded_pairs(scores, grid)
@@ -174,7 +174,7 @@ class LessAttention(WindowAttention):
         Returns:
             The new map (B, H, W, embed_dims) and ``A_l`` (windows, heads, n, n).
         """
-        (v,) = self.project(self.v, x, grid, norm)
+        v = self.project(self.v, x, grid, norm)[0]
         scores = two_sided_linear(scores, self.psi, self.theta)
         if grid.padded and keeps_activations(self):
             scores = zero_padded_pairs(scores, grid)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from .linear import Linear, linear, linear_backward
 from .mode import keeps_activations
 from .recompute import gradients, recomputes
+from .windows import ceil_div
 
 # Hidden activations that a piece of the tokens has: 8 MiB of float32 stay in the cache, and larger
 # tensors would come fresh from the system, page by page.
@@ -84,7 +85,7 @@ class _MLP(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         """The output, and the input of GELU in pieces, for the backward pass."""
         hidden, out = [], []
-        for rows in x.reshape(-1, x.shape[-1]).split(_chunk(w1)):
+        for rows in _pieces(x, w1):
             hidden.append(linear(F.layer_norm(rows, gamma.shape, gamma, beta, eps), w1, b1))
             out.append(linear(F.gelu(hidden[-1]), w2, b2))
         return torch.cat(out).view(x.shape), *hidden
@@ -106,10 +107,9 @@ class _MLP(torch.autograd.Function):
             h = F.linear(F.layer_norm(x, gamma.shape, gamma, beta, eps), w1, b1)
             out = F.linear(F.gelu(h), w2, b2)
             return None, *gradients(out, tensors, needed, grad, create_graph=True)
-        pieces = (t.reshape(-1, x.shape[-1]).split(_chunk(w1)) for t in (x, grad))
         sums: list[Tensor | None] = [None] * 6
         of_rows = []
-        for rows, g, h in zip(*pieces, hidden, strict=True):
+        for rows, g, h in zip(_pieces(x, w1), _pieces(grad, w1), hidden, strict=True):
             g, *of_fc2 = linear_backward(g, F.gelu(h), w2, (True, *needed[5:]))
             g = torch.ops.aten.gelu_backward(g, h)
             tensors = [t.detach() for t in (rows, gamma, beta)]
@@ -127,5 +127,7 @@ class _MLP(torch.autograd.Function):
         return None, grad_x, *sums
 
 
-def _chunk(w1: Tensor) -> int:
-    return max(1, CHUNK_SIZE // w1.shape[0])
+def _pieces(x: Tensor, w1: Tensor) -> tuple[Tensor, ...]:
+    """Tokens (..., embed_dims) in equal pieces (tokens, embed_dims)."""
+    rows = x.reshape(-1, x.shape[-1])
+    return rows.tensor_split(ceil_div(rows.shape[0] * w1.shape[0], CHUNK_SIZE))
