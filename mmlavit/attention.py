@@ -11,6 +11,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from .fused_attention import can_fuse, fused_less_attention
 from .linear import Linear, linear
 from .windows import WindowGrid
 
@@ -114,6 +115,7 @@ class LessAttention(WindowAttention):
         qkv_bias: Whether the projection to V has a bias.
         attn_drop_rate: Dropout on the attention after the softmax.
         drop_rate: Dropout on the output.
+        fused: Whether to compute it in one kernel where that can be, see :func:`can_fuse`.
     """
 
     def __init__(
@@ -124,8 +126,10 @@ class LessAttention(WindowAttention):
         qkv_bias: bool = True,
         attn_drop_rate: float = 0.0,
         drop_rate: float = 0.0,
+        fused: bool = True,
     ) -> None:
         super().__init__(embed_dims, num_heads, attn_drop_rate, drop_rate)
+        self.fused = fused
         self.v = Linear(embed_dims, embed_dims, bias=qkv_bias)
         self.psi = nn.Parameter(torch.eye(window**2))
         self.theta = nn.Parameter(torch.eye(window**2))
@@ -141,7 +145,15 @@ class LessAttention(WindowAttention):
         Returns:
             The new map (B, H, W, embed_dims) and ``A_l`` (windows, heads, n, n).
         """
-        v = grid.partition(self.v(x), 1, self.num_heads)[0]
+        v = self.v(x)
+        given = v, scores, self.psi, self.theta, grid, self.num_heads
+        drop = self.attn_drop
+        # Active dropout, or somebody's own layer in its place.
+        drops = not isinstance(drop, nn.Dropout) or drop.training and drop.p > 0
+        if self.fused and not drops and can_fuse(*given):
+            z, scores = fused_less_attention(*given)
+            return self.proj_drop(self.proj(z)), scores
+        v = grid.partition(v, 1, self.num_heads)[0]
         scores = two_sided_linear(scores, self.psi, self.theta)
         if grid.padded:
             scores = zero_padded_pairs(scores, grid)

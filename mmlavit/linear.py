@@ -143,12 +143,13 @@ def linear_after(
     Returns:
         Tokens (..., out_features).
     """
-    if not torch.is_grad_enabled() or is_traced() or _autocasts(x):
+    if not torch.is_grad_enabled() or is_traced() or autocasts(x):
         return linear(function(x, *parameters), weight, bias)
     return _LinearAfter.apply(function, x, weight, bias, *parameters)
 
 
-def _autocasts(x: Tensor) -> bool:
+def autocasts(x: Tensor) -> bool:
+    """Whether linear layers on the device of ``x`` choose their own precision just now."""
     if hasattr(torch.amp, 'is_autocast_available'):
         kind = x.device.type
         return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
