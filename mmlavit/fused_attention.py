@@ -30,7 +30,7 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 # Tiles for each program: enough to load Psi and Theta seldom, few enough to spread evenly.
 FORWARD_TILES = 4
-# Programs for each processor, as many as its registers hold. Each writes gradients of Psi and Theta.
+# Programs for each processor: as many as its registers hold. Each has sums of its own.
 BACKWARD_PROGRAMS = 2
 
 
@@ -46,8 +46,8 @@ def can_fuse(
 
     It wants Triton and a GPU that Triton supports (or Triton's interpreter, which the environment
     variable TRITON_INTERPRET=1 turns on), windows of at most 8 x 8 tokens, heads of at most 128
-    channels, and float32, float16 or bfloat16. What torch.compile, torch.jit or torch.export records
-    and torch.func transforms is left to PyTorch.
+    channels, and float32, float16 or bfloat16. What torch.compile, torch.jit or torch.export
+    records and torch.func transforms is left to PyTorch.
 
     Args:
         v: Map of values (B, H, W, num_heads * d).
@@ -62,7 +62,7 @@ def can_fuse(
     """
     if is_traced() or not v.is_cuda and os.environ.get('TRITON_INTERPRET') != '1':
         return False
-    tensors = (v, scores, psi, theta)
+    tensors = v, scores, psi, theta
     head_dim = v.shape[-1] // num_heads
     return (
         grid.window <= MAX_WINDOW
@@ -73,7 +73,7 @@ def can_fuse(
         # What PyTorch itself asks before it applies a torch.autograd.Function.
         and not torch._C._are_functorch_transforms_active()
         and all(forward_ad.unpack_dual(t).tangent is None for t in tensors)
-        and _runs(v.device, v.dtype, grid.window, head_dim)
+        and _runs(v.device, v.dtype, grid.window, head_dim, torch.is_grad_enabled())
     )
 
 
@@ -249,20 +249,28 @@ def _kernels() -> ModuleType | None:
 
 
 @functools.cache
-def _runs(device: torch.device, dtype: torch.dtype, window: int, head_dim: int) -> bool:
+def _runs(
+    device: torch.device, dtype: torch.dtype, window: int, head_dim: int, backward: bool
+) -> bool:
     """Whether the kernels run, found out by running them on one window."""
     if device.type == 'cuda' and torch.cuda.get_device_capability(device) < (8, 0):
         # Triton supports Ampere and what came after.
         return False
     try:
-        if _kernels() is None:
+        kernels = _kernels()
+        if kernels is None:
             return False
         grid = WindowGrid(window, window, window)
         v = torch.zeros(1, window, window, head_dim, dtype=dtype, device=device)
         scores = v.new_zeros(1, 1, window**2, window**2)
         psi = theta = scores[0, 0]
-        out, new_scores = _forward(v, scores, psi, theta, grid, 1)
-        _backward(v, scores, psi, theta, out, new_scores, grid, 1, (True,) * 4)
+        try:
+            out, new_scores = _forward(v, scores, psi, theta, grid, 1)
+            if backward:
+                _backward(v, scores, psi, theta, out, new_scores, grid, 1, (True,) * 4)
+        except kernels.triton.OutOfResources:
+            # The shared memory of smaller GPUs does not hold what float32 needs in training.
+            return False
     except Exception as error:
         warnings.warn(
             f'Triton does not run on {device} ({type(error).__name__}: {error}), so '
