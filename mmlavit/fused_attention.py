@@ -21,16 +21,16 @@ from torch.autograd.function import once_differentiable
 from .linear import autocasts, is_traced
 from .windows import WindowGrid, ceil_div
 
-# Up to here a tile and its products stay in the registers of one program. A window of 14 x 14 (196
-# places, so tiles of 256) fills the registers of a whole processor with one tile in float32: it
-# would need kernels that go over a tile in parts.
+# Up to here a program holds whole tiles in its registers (the backward pass with little to spare). In
+# float32 one tile of a 14 x 14 window, 256 places by 256, fills those of a whole processor: that
+# would take kernels that go over a tile in parts.
 MAX_WINDOW = 8
 MAX_HEAD_DIM = 128
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 # Tiles for each program: enough to load Psi and Theta seldom, few enough to spread evenly.
 FORWARD_TILES = 4
-# Programs for each processor: as many as its registers hold. Each has sums of its own.
+# Programs for each processor, as many as its registers hold. Each has sums of its own.
 BACKWARD_PROGRAMS = 2
 
 

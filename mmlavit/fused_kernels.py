@@ -11,7 +11,7 @@ Products take operands of the input's type and add up in float32, in which all e
 Scores and maps may hold more than 2^31 elements, so where a tile starts is counted in 64 bits.
 """
 
-# No `from __future__ import annotations`: early versions of Triton know tl.constexpr only as itself.
+# No `from __future__ import annotations`: Triton 3.0 knows tl.constexpr only as itself.
 import triton
 import triton.language as tl
 
