@@ -21,7 +21,7 @@ from torch.autograd.function import once_differentiable
 from .linear import autocasts, is_traced
 from .windows import WindowGrid, ceil_div
 
-# Up to here a program holds whole tiles in its registers (the backward pass with little to spare). In
+# Up to here a program holds whole tiles in its registers; the backward pass spills some of them. In
 # float32 one tile of a 14 x 14 window, 256 places by 256, fills those of a whole processor: that
 # would take kernels that go over a tile in parts.
 MAX_WINDOW = 8
