@@ -12,7 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from .fused_attention import can_fuse, fused_less_attention
-from .linear import Linear, linear
+from .linear import Linear, linear, linear_after_norm
+from .mode import keeps_activations
+from .softmax import masked_softmax, softmax_product
 from .windows import WindowGrid
 
 
@@ -39,21 +41,50 @@ class WindowAttention(nn.Module):
         self.attn_drop = nn.Dropout(attn_drop_rate)
         self.proj_drop = nn.Dropout(drop_rate)
 
+    def project(self, layer: nn.Module, x: Tensor, grid: WindowGrid, norm: nn.Module) -> Tensor:
+        """A projection of the normalized tokens, in windows.
+
+        Args:
+            layer: The projection, to some parts (Q, K, V or V alone) of ``embed_dims`` channels.
+            x: Map of tokens (B, H, W, embed_dims).
+            grid: Grid of the windows over that map.
+            norm: The LayerNorm.
+
+        Returns:
+            Tensor (parts, windows, heads, n, d).
+        """
+        if keeps_activations(self):
+            x = linear_after_norm(layer, norm, x, grid.pad)
+            return grid.partition(x, x.shape[-1] // self.proj.in_features, self.num_heads)
+        # Padded tokens end as zeros here instead of as the bias. That makes no difference to the
+        # real ones, and there are fewer to project.
+        x = layer(norm(x))
+        return grid.pad_and_partition(x, x.shape[-1] // self.proj.in_features, self.num_heads)
+
     def attend(self, scores: Tensor, v: Tensor, grid: WindowGrid) -> Tensor:
         """``softmax(A) V`` over the real keys of each window, back on the map and projected.
 
         Args:
-            scores: ``A`` (windows, heads, n, n).
+            scores: ``A`` (windows, heads, n, n), 0 at padded pairs.
             v: Values (windows, heads, n, d).
             grid: Grid of the windows.
 
         Returns:
             Map of tokens (B, H, W, heads * d).
         """
+        if keeps_activations(self):
+            mask = key_mask(grid, scores) if grid.padded else None
+            if self.attn_drop.p and self.training:
+                z = self.attn_drop(masked_softmax(scores, mask)) @ v
+            else:
+                z = softmax_product(scores, v, mask)
+            return self.proj_drop(grid.crop(self.proj(grid.merge(z))))
         if grid.padded:
-            scores = mask_keys(scores, grid)
-        attn = self.attn_drop(scores.softmax(dim=-1))
-        return self.proj_drop(self.proj(grid.merge(attn @ v)))
+            grid.fill_padded(scores, keys=-math.inf)
+        z = scores.softmax(dim=-1) @ v
+        if grid.padded:
+            grid.fill_padded(scores, keys=0.0)
+        return self.proj(grid.merge_and_crop(z))
 
 
 class VanillaAttention(WindowAttention):
@@ -80,24 +111,23 @@ class VanillaAttention(WindowAttention):
         self.qkv = Linear(embed_dims, 3 * embed_dims, bias=qkv_bias)
 
     def forward(
-        self, x: Tensor, grid: WindowGrid, residual: Tensor | None = None
+        self, x: Tensor, grid: WindowGrid, residual: Tensor | None, norm: nn.Module
     ) -> tuple[Tensor, Tensor]:
         """Attend, computing scores from the tokens.
 
         Args:
-            x: Map (B, H, W, embed_dims), padded to whole windows.
+            x: Map of tokens (B, H, W, embed_dims).
             grid: Grid of the windows over that map.
             residual: Scores from the previous stage (windows, heads, n, n), to be added to
-                this layer's own (equation 6).
+                this layer's own (equation 6); None for none.
+            norm: LayerNorm of the tokens.
 
         Returns:
             The new map (B, H, W, embed_dims) and the scores (windows, heads, n, n).
         """
-        q, k, v = grid.partition(self.qkv(x), 3, self.num_heads).unbind(0)
-        scores = (q * self.scale) @ k.transpose(-2, -1)
-        if residual is not None:
-            scores = scores + residual
-        if grid.padded:
+        q, k, v = self.project(self.qkv, x, grid, norm)
+        scores = scaled_product(q, k, self.scale, residual)
+        if grid.padded and keeps_activations(self):
             scores = zero_padded_pairs(scores, grid)
         return self.attend(scores, v, grid), scores
 
@@ -134,30 +164,49 @@ class LessAttention(WindowAttention):
         self.psi = nn.Parameter(torch.eye(window**2))
         self.theta = nn.Parameter(torch.eye(window**2))
 
-    def forward(self, x: Tensor, grid: WindowGrid, scores: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, x: Tensor, grid: WindowGrid, scores: Tensor, norm: nn.Module
+    ) -> tuple[Tensor, Tensor]:
         """Attend with transformed scores.
 
         Args:
-            x: Map (B, H, W, embed_dims), padded to whole windows.
+            x: Map of tokens (B, H, W, embed_dims).
             grid: Grid of the windows over that map.
             scores: ``A_{l-1}`` (windows, heads, n, n), 0 at padded pairs.
+            norm: LayerNorm of the tokens.
 
         Returns:
             The new map (B, H, W, embed_dims) and ``A_l`` (windows, heads, n, n).
         """
-        v = self.v(x)
-        given = v, scores, self.psi, self.theta, grid, self.num_heads
-        drop = self.attn_drop
-        # Active dropout, or somebody's own layer in its place.
-        drops = not isinstance(drop, nn.Dropout) or drop.training and drop.p > 0
-        if self.fused and not drops and can_fuse(*given):
-            z, scores = fused_less_attention(*given)
+        given = scores, self.psi, self.theta, grid, self.num_heads
+        drops = self.attn_drop.p and self.training
+        if self.fused and not drops and can_fuse(x, *given):
+            z, scores = fused_less_attention(linear_after_norm(self.v, norm, x), *given)
             return self.proj_drop(self.proj(z)), scores
-        v = grid.partition(v, 1, self.num_heads)[0]
+        v = self.project(self.v, x, grid, norm)[0]
         scores = two_sided_linear(scores, self.psi, self.theta)
-        if grid.padded:
+        if grid.padded and keeps_activations(self):
             scores = zero_padded_pairs(scores, grid)
+        elif grid.padded:
+            grid.fill_padded(scores, queries=0.0, keys=0.0)
         return self.attend(scores, v, grid), scores
+
+
+def scaled_product(q: Tensor, k: Tensor, scale: float, residual: Tensor | None) -> Tensor:
+    """``scale Q K^T + residual`` in one product.
+
+    Args:
+        q: (windows, heads, n, d).
+        k: (windows, heads, n, d).
+        scale: A number.
+        residual: (windows, heads, n, n), or None for 0.
+
+    Returns:
+        Tensor (windows, heads, n, n).
+    """
+    start, beta = (q.new_zeros(()), 0) if residual is None else (residual.flatten(0, 1), 1)
+    product = torch.baddbmm(start, q.flatten(0, 1), k.flatten(0, 1).mT, beta=beta, alpha=scale)
+    return product.unflatten(0, q.shape[:2])
 
 
 def two_sided_linear(scores: Tensor, psi: Tensor, theta: Tensor) -> Tensor:
@@ -181,19 +230,18 @@ def two_sided_linear(scores: Tensor, psi: Tensor, theta: Tensor) -> Tensor:
     return linear(linear(scores.mT, psi).mT.contiguous(), theta)
 
 
-def mask_keys(scores: Tensor, grid: WindowGrid) -> Tensor:
-    """Scores with ``-inf`` at padded keys, so that the softmax gives them nothing.
+def key_mask(grid: WindowGrid, like: Tensor) -> Tensor:
+    """What to add to scores so that the softmax gives padded keys nothing.
 
     Args:
-        scores: (B * windows, heads, n, n).
         grid: Grid of the windows.
+        like: A tensor of the type and on the device of the scores.
 
     Returns:
-        Tensor like ``scores``.
+        Tensor (windows of an image, 1, 1, n): ``-inf`` at padded keys, else 0.
     """
-    padded = ~grid.valid(scores.device)[:, None, None, :]
-    mask = scores.new_zeros(padded.shape).masked_fill(padded, -math.inf)
-    return (per_image(scores, grid) + mask).view(scores.shape)
+    padded = ~grid.valid(like.device)[:, None, None, :]
+    return like.new_zeros(padded.shape).masked_fill(padded, -math.inf)
 
 
 def zero_padded_pairs(scores: Tensor, grid: WindowGrid) -> Tensor:
@@ -207,11 +255,6 @@ def zero_padded_pairs(scores: Tensor, grid: WindowGrid) -> Tensor:
         Tensor like ``scores``.
     """
     valid = grid.valid(scores.device)[:, None].to(scores.dtype)
-    return (per_image(scores, grid) * (valid.unsqueeze(-1) * valid.unsqueeze(-2))).view(
-        scores.shape
-    )
-
-
-def per_image(scores: Tensor, grid: WindowGrid) -> Tensor:
-    """Scores with the windows of an image apart from the batch, to meet a mask (windows, ...)."""
-    return scores.unflatten(0, (-1, grid.rows * grid.cols))
+    # The windows of an image apart from the batch, to meet the mask.
+    windows = scores.unflatten(0, (-1, valid.shape[0]))
+    return (windows * (valid.unsqueeze(-1) * valid.unsqueeze(-2))).view(scores.shape)

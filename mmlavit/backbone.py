@@ -15,8 +15,9 @@ from torch.utils.checkpoint import checkpoint
 from .arch import NUM_STAGES, Arch, per_stage_ints
 from .attention import LessAttention, VanillaAttention
 from .attention_residual import AttentionResidual
-from .block import Block, PatchEmbed, keeps_activations
+from .block import Block, PatchEmbed
 from .checkpoint import check_arch, fit_windows, strip_prefix, windows_of
+from .mode import keeps_activations
 from .windows import WindowGrid, nesting_ratio
 
 # In inference a layer works on roughly so many tokens at a time. Few stay in the cache, many keep

@@ -9,13 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .attention import LessAttention, VanillaAttention
-from .linear import Linear, is_traced
+from .linear import Linear, is_plain, linear_after_norm
+from .mode import keeps_activations
 from .windows import Slab, pad_map
-
-
-def keeps_activations(module: nn.Module) -> bool:
-    """Whether a forward pass must leave what a backward pass, or whoever records it, needs."""
-    return module.training or torch.is_grad_enabled() or is_traced()
 
 
 class PatchEmbed(nn.Module):
@@ -87,12 +83,24 @@ class MLP(nn.Module):
         self.fc2 = Linear(hidden_dims, embed_dims)
         self.drop = nn.Dropout(drop_rate)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map tokens (..., embed_dims) to tokens of the same shape."""
+    def forward(self, x: Tensor, norm: nn.Module) -> Tensor:
+        """Map tokens, normalized first.
+
+        Args:
+            x: Tokens (..., embed_dims).
+            norm: The LayerNorm.
+
+        Returns:
+            Tokens (..., embed_dims).
+        """
+        x = linear_after_norm(self.fc1, norm, x)
+        if not keeps_activations(self) and is_plain(self.fc1):
+            # In place: a second tensor of this size would come fresh from the system, page by page.
+            return self.fc2(torch.ops.aten.gelu_(x))
         if self.training and self.drop.p or not isinstance(self.fc2, Linear):
             # Dropout, or somebody's own layer (LoRA, say) in our place.
-            return self.drop(self.fc2(self.drop(F.gelu(self.fc1(x)))))
-        return self.fc2(self.fc1(x), F.gelu)
+            return self.drop(self.fc2(self.drop(F.gelu(x))))
+        return self.fc2(x, F.gelu)
 
 
 class Block(nn.Module):
@@ -142,24 +150,19 @@ class Block(nn.Module):
         x = self.add_position(x)
         if len(slabs) == 1 and keeps_activations(self):
             (slab,), (given,) = slabs, scores
-            z, kept = self.attend(x, slab, given)
+            z, kept = self.attn(x, slab.grid, given, self.norm1)
             x = x + self.drop_path(z)
-            return x + self.drop_path(self.mlp(self.norm2(x))), [kept]
+            return x + self.drop_path(self.mlp(x, self.norm2)), [kept]
         # The same in place. The hidden activations of a slab stay in the cache, and memory that one
         # slab has used serves the next instead of coming fresh from the system, page by page.
         kept = []
         for slab, given in zip(slabs, scores, strict=True):
             tokens = slab.of(x)
-            z, slab_scores = self.attend(tokens, slab, given)
+            z, slab_scores = self.attn(tokens, slab.grid, given, self.norm1)
             tokens += z
-            tokens += self.mlp(self.norm2(tokens))
+            tokens += self.mlp(tokens, self.norm2)
             kept.append(slab_scores)
         return x, kept
-
-    def attend(self, x: Tensor, slab: Slab, scores: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The attention branch on tokens (B, H, W, embed_dims) of a slab, and its scores."""
-        z, scores = self.attn(slab.grid.pad(self.norm1(x)), slab.grid, scores)
-        return slab.grid.crop(z), scores
 
     def add_position(self, x: Tensor) -> Tensor:
         """``x + conv(x)`` over the map of tokens (B, H, W, embed_dims)."""

@@ -15,10 +15,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
-from .linear import autocasts, is_traced
+from .mode import is_traced
+from .recompute import autocasts
 from .windows import WindowGrid, ceil_div
 
 # Up to here a program holds whole tiles in its registers; the backward pass spills some of them. In
@@ -35,14 +35,9 @@ BACKWARD_PROGRAMS = 2
 
 
 def can_fuse(
-    v: Tensor,
-    scores: Tensor,
-    psi: Tensor,
-    theta: Tensor,
-    grid: WindowGrid,
-    num_heads: int,
+    x: Tensor, scores: Tensor, psi: Tensor, theta: Tensor, grid: WindowGrid, num_heads: int
 ) -> bool:
-    """Whether :func:`fused_less_attention` takes these tensors, here and now.
+    """Whether :func:`fused_less_attention` will take these tensors and the values of ``x``.
 
     It wants Triton and a GPU that Triton supports (or Triton's interpreter, which the environment
     variable TRITON_INTERPRET=1 turns on), windows of at most 8 x 8 tokens, heads of at most 128
@@ -50,7 +45,7 @@ def can_fuse(
     records and torch.func transforms is left to PyTorch.
 
     Args:
-        v: Map of values (B, H, W, num_heads * d).
+        x: Map of tokens (B, H, W, num_heads * d), which a linear layer will project to values.
         scores: ``A_{l-1}`` (windows, num_heads, n, n).
         psi: (n, n).
         theta: (n, n).
@@ -60,20 +55,19 @@ def can_fuse(
     Returns:
         True or False. Where Triton ought to work and does not, a warning says so, once.
     """
-    if is_traced() or not v.is_cuda and os.environ.get('TRITON_INTERPRET') != '1':
+    if is_traced() or not x.is_cuda and os.environ.get('TRITON_INTERPRET') != '1':
         return False
-    tensors = v, scores, psi, theta
-    head_dim = v.shape[-1] // num_heads
+    tensors = x, scores, psi, theta
+    head_dim = x.shape[-1] // num_heads
     return (
         grid.window <= MAX_WINDOW
         and head_dim <= MAX_HEAD_DIM
-        and all(t.dtype in DTYPES and t.device == v.device for t in tensors)
-        and (autocasts(v) or len({t.dtype for t in tensors}) == 1)
+        and all(t.dtype in DTYPES and t.device == x.device for t in tensors)
+        and (autocasts(x) or len({t.dtype for t in tensors}) == 1)
         and all(type(t) in (Tensor, nn.Parameter) for t in tensors)
         # What PyTorch itself asks before it applies a torch.autograd.Function.
         and not torch._C._are_functorch_transforms_active()
-        and all(forward_ad.unpack_dual(t).tangent is None for t in tensors)
-        and _runs(v.device, v.dtype, grid.window, head_dim, torch.is_grad_enabled())
+        and _runs(x.device, _linear_dtype(x), grid.window, head_dim, torch.is_grad_enabled())
     )
 
 
@@ -225,6 +219,16 @@ def _allows_tf32() -> bool:
     if hasattr(matmul, 'fp32_precision'):
         return matmul.fp32_precision == 'tf32'
     return matmul.allow_tf32
+
+
+def _linear_dtype(x: Tensor) -> torch.dtype:
+    """The type of what a linear layer makes of ``x``."""
+    if not autocasts(x):
+        return x.dtype
+    if hasattr(torch, 'get_autocast_dtype'):
+        return torch.get_autocast_dtype(x.device.type)
+    # Before torch 2.4.
+    return torch.get_autocast_gpu_dtype()
 
 
 @functools.cache

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.flop_counter import register_flop_formula
 
-# torch 2.1 has it under another name, and it does not tell there in every function; what is then
-# compiled is the convolution, which computes the same.
-_is_compiling = getattr(torch.compiler, 'is_compiling', None) or torch._utils.is_compiling
+from .mode import is_traced
+from .recompute import autocasts, gradients, recomputes
+
+# Inductor's own, and so not documented, but there since torch 2.0.
+_onednn_linear = getattr(torch.ops.mkldnn, '_linear_pointwise', None)
+if _onednn_linear is not None:
+
+    @register_flop_formula(_onednn_linear)
+    def _count(x: torch.Size, weight: torch.Size, *_: Any, **__: Any) -> int:
+        return 2 * math.prod(x) * weight[0]
 
 
 class Linear(nn.Linear):
@@ -35,12 +44,18 @@ class Linear(nn.Linear):
         return linear_after(function, x, self.weight, self.bias, *parameters)
 
 
+def is_plain(layer: nn.Module) -> bool:
+    """Whether a layer is a :class:`Linear` whose output nobody else sees."""
+    return isinstance(layer, Linear) and not layer._forward_hooks
+
+
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``x W^T + b``, equal to :func:`torch.nn.functional.linear` but for rounding.
 
     PyTorch sends float32 products on a CPU to MKL, which keeps half of the vector width of an AMD
-    processor idle, and 1 x 1 convolutions to oneDNN, which does not: 200 and 440 GFLOP/s on two
-    Zen 5 cores. Where MKL is at its best the two are alike.
+    processor idle. oneDNN does not: 200 and 440 GFLOP/s on two Zen 5 cores. Where MKL is at its
+    best, oneDNN is on a par for many tokens, and ahead for few. PyTorch uses it for convolutions of
+    1 x 1, and in what ``torch.compile`` makes of a linear layer; that operator knows no gradients.
 
     Args:
         x: Tokens (..., in_features).
@@ -50,7 +65,12 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     Returns:
         Tokens (..., out_features).
     """
-    if not prefers_convolution(x):
+    if not prefers_onednn(x):
+        return F.linear(x, weight, bias)
+    if _onednn_linear is not None and not torch.is_grad_enabled():
+        return _onednn_linear(x, weight, bias, 'none', [], None)
+    if torch.get_num_threads() == 1:
+        # PyTorch itself takes a plain product for a 1 x 1 convolution, and copies.
         return F.linear(x, weight, bias)
     out = F.conv2d(_as_pixels(x), weight[:, :, None, None], bias)
     return _as_tokens(out, x)
@@ -70,7 +90,7 @@ def linear_backward(
     Returns:
         The gradients of input, weight and bias; None where not wanted.
     """
-    if prefers_convolution(x):
+    if prefers_onednn(x) and torch.get_num_threads() > 1:
         grad_x, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
             _as_pixels(grad),
             _as_pixels(x),
@@ -102,21 +122,47 @@ def _as_tokens(pixels: Tensor, like: Tensor) -> Tensor:
     return pixels.permute(0, 2, 3, 1).reshape(*like.shape[:-1], -1)
 
 
-def prefers_convolution(x: Tensor) -> bool:
-    """Whether a 1 x 1 convolution is the faster linear layer for ``x``."""
+def prefers_onednn(x: Tensor) -> bool:
+    """Whether oneDNN has the faster linear layer for ``x``."""
     return (
         x.device.type == 'cpu'
         and x.dtype == torch.float32
         and torch.backends.mkldnn.is_available()
-        # On one thread PyTorch itself takes a plain product for a 1 x 1 convolution, and copies.
-        and torch.get_num_threads() > 1
         and not is_traced()
+        and not autocasts(x)
     )
 
 
-def is_traced() -> bool:
-    """Whether the code is being recorded rather than run, when sizes must not become constants."""
-    return torch.jit.is_tracing() or _is_compiling()
+def linear_after_norm(
+    layer: nn.Module,
+    norm: nn.Module,
+    x: Tensor,
+    pad: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
+    """``layer(pad(norm(x)))``, by :func:`linear_after` where both are what they were made as.
+
+    A norm with hooks (Grad-CAM, say) is called as a module, so that they run.
+
+    Args:
+        layer: A :class:`Linear`, or what somebody put in its place (LoRA, say).
+        norm: A LayerNorm, or what somebody put in its place.
+        x: Tokens (..., in_features).
+        pad: What is done to the tokens in between; None for nothing.
+
+    Returns:
+        Tokens (..., out_features).
+    """
+    hooked = norm._forward_hooks or norm._forward_pre_hooks
+    ours = type(norm) is nn.LayerNorm and isinstance(layer, Linear)
+    if hooked or not ours or not recomputes(x):
+        x = norm(x)
+        return layer(x if pad is None else pad(x))
+
+    def function(x: Tensor, *parameters: Tensor) -> Tensor:
+        x = F.layer_norm(x, norm.normalized_shape, *parameters, norm.eps)
+        return x if pad is None else pad(x)
+
+    return layer(x, function, norm.weight, norm.bias)
 
 
 def linear_after(
@@ -133,9 +179,8 @@ def linear_after(
     Under autocast and when recorded, nothing is computed again.
 
     Args:
-        function: From tokens (..., in_features) to tokens of the same shape; cheap, and without
-            chance.
-        x: Tokens (..., in_features).
+        function: To tokens (..., in_features); cheap, and without chance.
+        x: What it takes: tokens (..., in_features), usually.
         weight: (out_features, in_features).
         bias: (out_features,) or None.
         parameters: What else ``function`` takes.
@@ -143,18 +188,9 @@ def linear_after(
     Returns:
         Tokens (..., out_features).
     """
-    if not torch.is_grad_enabled() or is_traced() or autocasts(x):
+    if not recomputes(x):
         return linear(function(x, *parameters), weight, bias)
     return _LinearAfter.apply(function, x, weight, bias, *parameters)
-
-
-def autocasts(x: Tensor) -> bool:
-    """Whether linear layers on the device of ``x`` choose their own precision just now."""
-    if hasattr(torch.amp, 'is_autocast_available'):
-        kind = x.device.type
-        return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
-    # Before torch 2.4 there is a function for each kind of device.
-    return torch.is_autocast_enabled() or torch.is_autocast_cpu_enabled()
 
 
 class _LinearAfter(torch.autograd.Function):
@@ -183,26 +219,12 @@ class _LinearAfter(torch.autograd.Function):
             # Gradients of gradients are wanted, so PyTorch has to see the whole computation.
             tensors, needed = (x, weight, bias, *parameters), ctx.needs_input_grad[1:]
             out = linear(ctx.function(x, *parameters), weight, bias)
-            return None, *_gradients(out, tensors, needed, grad, create_graph=True)
+            return None, *gradients(out, tensors, needed, grad, create_graph=True)
         tensors, needed = (x, *parameters), (of_x, *of_parameters)
         tensors = [t.detach().requires_grad_(n) for t, n in zip(tensors, needed, strict=True)]
         with torch.enable_grad():
             y = ctx.function(*tensors)
         wanted = any(needed), of_weight, of_bias
         grad_y, grad_weight, grad_bias = linear_backward(grad, y.detach(), weight, wanted)
-        grad_x, *rest = _gradients(y, tensors, needed, grad_y)
+        grad_x, *rest = gradients(y, tensors, needed, grad_y)
         return None, grad_x, grad_weight, grad_bias, *rest
-
-
-def _gradients(
-    out: Tensor,
-    tensors: Sequence[Tensor],
-    needed: Sequence[bool],
-    grad: Tensor | None,
-    create_graph: bool = False,
-) -> list[Tensor | None]:
-    """Gradients of ``out`` with respect to the tensors that need one, None for the others."""
-    wanted = [t for t, is_needed in zip(tensors, needed, strict=True) if is_needed]
-    found = torch.autograd.grad(out, wanted, grad, create_graph=create_graph) if wanted else ()
-    grads = iter(found)
-    return [next(grads) if is_needed else None for is_needed in needed]

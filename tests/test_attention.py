@@ -4,7 +4,7 @@ import pytest
 import reference
 import torch
 from small import images, seeded
-from torch import Tensor
+from torch import Tensor, nn
 
 from mmlavit.attention import LessAttention, VanillaAttention, two_sided_linear
 from mmlavit.attention_residual import AttentionResidual
@@ -12,6 +12,7 @@ from mmlavit.block import Block
 from mmlavit.windows import WindowGrid
 
 DIMS, HEADS = 12, 3
+IDENTITY = nn.Identity()
 GRIDS = [(8, 8, 4), (5, 7, 4), (3, 3, 8), (9, 4, 4)]
 
 
@@ -58,12 +59,12 @@ def test_vanilla_attention_is_equation_4(height, width, window, with_residual, d
     attn = noisy(VanillaAttention(DIMS, HEADS)).to(dtype)
     x = images(1, height, width, DIMS).to(dtype)
     residual = random_scores(grid, HEADS).to(dtype) if with_residual else None
-    out, scores = attn(grid.pad(x), grid, residual)
+    out, scores = attn(x, grid, residual, IDENTITY)
     given = as_dict(residual, grid) if with_residual else None
     expected, expected_scores = reference.vanilla_attention(
         x[0], attn.state_dict(), HEADS, window, given
     )
-    torch.testing.assert_close(grid.crop(out)[0], expected, rtol=0, atol=tol)
+    torch.testing.assert_close(out[0], expected, rtol=0, atol=tol)
     assert_scores(scores, expected_scores, grid, tol)
 
 
@@ -74,11 +75,11 @@ def test_less_attention_is_equation_5(height, width, window, dtype, tol):
     grid = WindowGrid(height, width, window)
     attn = noisy(LessAttention(DIMS, HEADS, window)).to(dtype)
     x, prev = images(1, height, width, DIMS).to(dtype), random_scores(grid, HEADS).to(dtype)
-    out, scores = attn(grid.pad(x), grid, prev)
+    out, scores = attn(x, grid, prev, IDENTITY)
     expected, expected_scores = reference.less_attention(
         x[0], as_dict(prev, grid), attn.state_dict(), HEADS, window
     )
-    torch.testing.assert_close(grid.crop(out)[0], expected, rtol=0, atol=tol)
+    torch.testing.assert_close(out[0], expected, rtol=0, atol=tol)
     assert_scores(scores, expected_scores, grid, tol)
 
 
@@ -129,9 +130,9 @@ def test_with_identity_psi_and_theta_a_layer_attends_exactly_as_the_one_before()
     less.v.weight.copy_(vanilla.qkv.weight[2 * DIMS :])
     less.v.bias.copy_(vanilla.qkv.bias[2 * DIMS :])
     less.proj.load_state_dict(vanilla.proj.state_dict())
-    x = grid.pad(images(1, 7, 9, DIMS))
-    expected, scores = vanilla(x, grid)
-    out, kept = less(x, grid, scores)
+    x = images(1, 7, 9, DIMS)
+    expected, scores = vanilla(x, grid, None, IDENTITY)
+    out, kept = less(x, grid, scores, IDENTITY)
     assert torch.equal(kept, scores)
     torch.testing.assert_close(out, expected, rtol=0, atol=1e-14)
 
@@ -213,9 +214,9 @@ def test_gradcheck():
     parameters += [residual.layer_scale, vanilla.qkv.weight]
 
     def run(x: Tensor, y: Tensor, *_: Tensor) -> Tensor:  # gradcheck moves the parameters in place
-        _, scores = first(prev.pad(x), prev)
-        _, scores = vanilla(grid.pad(y), grid, residual([scores], prev, grid))
-        return grid.crop(less(grid.pad(y), grid, scores)[0])
+        _, scores = first(x, prev, None, IDENTITY)
+        _, scores = vanilla(y, grid, residual([scores], prev, grid), IDENTITY)
+        return less(y, grid, scores, IDENTITY)[0]
 
     x = images(1, 5, 3, 4, seed=2).requires_grad_()
     y = images(1, 3, 2, 4, seed=3).requires_grad_()

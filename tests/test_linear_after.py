@@ -4,12 +4,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from small import seeded
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import mmlavit.linear
 from mmlavit.block import MLP
-from mmlavit.linear import linear, linear_after, linear_backward
+from mmlavit.linear import Linear, linear, linear_after, linear_after_norm, linear_backward
 
 
 def norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -136,13 +136,47 @@ def test_another_layer_in_the_place_of_ours_is_called():
 
     mlp = MLP(6, 12)
     x = torch.randn(3, 6, generator=seeded(1))
-    expected = 2 * mlp(x)
+    expected = 2 * mlp(x, nn.Identity())
     mlp.fc2 = Doubled(mlp.fc2)
-    torch.testing.assert_close(mlp(x), expected)
+    torch.testing.assert_close(mlp(x, nn.Identity()), expected)
 
 
 def test_hooks_see_the_layer():
     mlp, seen = MLP(6, 12), []
     mlp.fc2.register_forward_hook(lambda module, args, out: seen.append(out.shape))
-    mlp(torch.zeros(3, 6))
+    mlp(torch.zeros(3, 6), nn.Identity())
     assert seen == [(3, 6)]
+
+
+def pad(x: Tensor) -> Tensor:
+    return F.pad(x, (0, 0, 0, 2))
+
+
+@pytest.mark.parametrize('between', [None, pad], ids=['', 'padded'])
+def test_after_a_norm_values_and_gradients_are_those_without(between):
+    norm, layer = nn.LayerNorm(6), Linear(6, 7)
+    nn.init.normal_(norm.weight, generator=seeded(3))
+    x = torch.randn(2, 5, 6, generator=seeded(1), requires_grad=True)
+    tensors = [x, *norm.parameters(), *layer.parameters()]
+    plain = layer(between(norm(x)) if between else norm(x))
+    ours = linear_after_norm(layer, norm, x, between)
+    assert type(ours.grad_fn) is not type(plain.grad_fn)
+    assert torch.equal(ours, plain)
+    for a, b in zip(gradients(ours, tensors), gradients(plain, tensors), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_hooks_see_the_norm():
+    """As Grad-CAM asks for the activations and the gradients of a norm."""
+    mlp, norm, seen = MLP(6, 12), nn.LayerNorm(6), []
+    norm.register_forward_hook(lambda module, args, out: seen.append(out))
+    out = mlp(torch.randn(3, 6, generator=seeded(1)), norm)
+    assert torch.autograd.grad(out.sum(), seen)[0].abs().sum() > 0
+
+
+def test_another_norm_in_the_place_of_ours_is_called():
+    mlp = MLP(6, 12)
+    x = torch.randn(3, 6, generator=seeded(1))
+    doubled = nn.Linear(6, 6, bias=False)
+    nn.init.eye_(doubled.weight).data.mul_(2)
+    torch.testing.assert_close(mlp(x, doubled), mlp(2 * x, nn.Identity()))

@@ -153,11 +153,12 @@ def attention(settings: Settings, rounds: int) -> Iterator[list[Row]]:
         scores = scores.to(settings.device)
         vanilla = VanillaAttention(dims, heads).to(settings.device).eval()
         less = LessAttention(dims, heads, window).to(settings.device).eval()
+        norm = nn.Identity()
         nn.init.normal_(less.psi, std=0.1)
         nn.init.normal_(less.theta, std=0.1)
         steps = {
-            'LA layer': _inference(settings, less, x, grid, scores),
-            'VA layer': _inference(settings, vanilla, x, grid),
+            'LA layer': _inference(settings, less, x, grid, scores, norm),
+            'VA layer': _inference(settings, vanilla, x, grid, None, norm),
         }
         name = f'stage {m + 1} of 800 x 1280'
         seconds = interleave(steps, rounds, settings.device, f'attention, {name}')

@@ -1,0 +1,20 @@
+"""In what mode the code runs: recorded, or with a backward pass to come."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+# torch 2.1 has it under another name, and it does not tell there in every function; what is then
+# compiled is the convolution, which computes the same.
+_is_compiling = getattr(torch.compiler, 'is_compiling', None) or torch._utils.is_compiling
+
+
+def is_traced() -> bool:
+    """Whether the code is being recorded rather than run, when sizes must not become constants."""
+    return torch.jit.is_tracing() or _is_compiling()
+
+
+def keeps_activations(module: nn.Module) -> bool:
+    """Whether a forward pass must leave what a backward pass, or whoever records it, needs."""
+    return module.training or torch.is_grad_enabled() or is_traced()
