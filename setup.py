@@ -53,6 +53,8 @@ DEV = [
     'ruff',
     'tensorboard',
     'tqdm',
+    # CUDA builds of torch bring it; its interpreter runs the kernels where there is no GPU.
+    "triton; sys_platform == 'linux' and platform_machine == 'x86_64'",
 ]
 
 

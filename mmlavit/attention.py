@@ -11,6 +11,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from .fused_attention import can_fuse, fused_less_attention
 from .linear import Linear, linear, linear_after_norm
 from .mode import keeps_activations
 from .softmax import masked_softmax, softmax_product
@@ -144,6 +145,7 @@ class LessAttention(WindowAttention):
         qkv_bias: Whether the projection to V has a bias.
         attn_drop_rate: Dropout on the attention after the softmax.
         drop_rate: Dropout on the output.
+        fused: Whether to compute it in one kernel where that can be, see :func:`can_fuse`.
     """
 
     def __init__(
@@ -154,8 +156,10 @@ class LessAttention(WindowAttention):
         qkv_bias: bool = True,
         attn_drop_rate: float = 0.0,
         drop_rate: float = 0.0,
+        fused: bool = True,
     ) -> None:
         super().__init__(embed_dims, num_heads, attn_drop_rate, drop_rate)
+        self.fused = fused
         self.v = Linear(embed_dims, embed_dims, bias=qkv_bias)
         self.psi = nn.Parameter(torch.eye(window**2))
         self.theta = nn.Parameter(torch.eye(window**2))
@@ -174,6 +178,11 @@ class LessAttention(WindowAttention):
         Returns:
             The new map (B, H, W, embed_dims) and ``A_l`` (windows, heads, n, n).
         """
+        given = scores, self.psi, self.theta, grid, self.num_heads
+        drops = self.attn_drop.p and self.training
+        if self.fused and not drops and can_fuse(x, *given):
+            z, scores = fused_less_attention(linear_after_norm(self.v, norm, x), *given)
+            return self.proj_drop(self.proj(z)), scores
         v = self.project(self.v, x, grid, norm)[0]
         scores = two_sided_linear(scores, self.psi, self.theta)
         if grid.padded and keeps_activations(self):

@@ -20,7 +20,7 @@ from .checkpoint import check_arch, fit_windows, strip_prefix, windows_of
 from .mode import keeps_activations
 from .windows import WindowGrid, nesting_ratio
 
-# In inference a layer works on roughly so many tokens at a time. Few stay in the cache, many keep
+# In inference on a CPU a layer works on roughly so many tokens at a time. Few stay in the cache, many keep
 # products large: 2048 and a whole map of 800 x 1280 took 1.2 and 1.3 times as long on 2 Zen cores.
 SLAB_TOKENS = 8192
 
@@ -68,7 +68,7 @@ class Stage(nn.Module):
         if self.downsample is not None:
             x = self.downsample(x)
         grid = WindowGrid(*x.shape[1:3], self.window)
-        if keeps_activations(self):
+        if keeps_activations(self) or x.device.type != 'cpu':
             slabs = grid.whole(x.shape[0])
         else:
             slabs = grid.slabs(x.shape[0], SLAB_TOKENS)
@@ -117,6 +117,11 @@ class LaViT(BaseModule):
         frozen_stages: Freeze the patch embedding and this many stages, with their output norms;
             -1 freezes nothing, 0 the patch embedding alone. Defaults to -1.
         with_cp: Recompute each layer in the backward pass to save memory. Defaults to False.
+        fused_attention: Compute the attention of a less-attention layer in one Triton kernel, which
+            reads and writes scores once and keeps nothing between, where that can be: on a GPU that
+            Triton supports, for windows of at most 8 x 8 tokens, without attention dropout, outside
+            torch.compile, torch.export and the like. Elsewhere PyTorch computes the same. Turn it
+            off for second derivatives. Defaults to True.
         init_cfg: As everywhere in MMEngine. ``dict(type='Pretrained', checkpoint=...,
             prefix='backbone.')`` loads the backbone of a classifier, detector or segmentor; weights
             made for other ``window_sizes`` are resized. These type and prefix are what a dict
@@ -140,6 +145,7 @@ class LaViT(BaseModule):
         qkv_bias: bool = True,
         frozen_stages: int = -1,
         with_cp: bool = False,
+        fused_attention: bool = True,
         init_cfg: dict | list[dict] | None = None,
     ) -> None:
         super().__init__(init_cfg=_complete_init_cfg(init_cfg))
@@ -157,6 +163,7 @@ class LaViT(BaseModule):
         drop_path_rate = _check_rate('drop_path_rate', drop_path_rate)
         qkv_bias = _check_bool('qkv_bias', qkv_bias)
         with_cp = _check_bool('with_cp', with_cp)
+        fused_attention = _check_bool('fused_attention', fused_attention)
 
         num_stages = self.out_indices[-1] + 1
         self.depths = arch.depths[:num_stages]
@@ -172,7 +179,10 @@ class LaViT(BaseModule):
                 if i < arch.vanilla_depths[m]:
                     attn = VanillaAttention(dims, heads, qkv_bias, attn_drop_rate, drop_rate)
                 else:
-                    attn = LessAttention(dims, heads, window, qkv_bias, attn_drop_rate, drop_rate)
+                    attn = LessAttention(
+                        *(dims, heads, window, qkv_bias, attn_drop_rate, drop_rate),
+                        fused=fused_attention,
+                    )
                 blocks.append(Block(dims, attn, arch.mlp_ratios[m], drop_rate, next(drop_paths)))
             downsample = residual = None
             if m > 0:

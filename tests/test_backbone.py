@@ -183,6 +183,7 @@ def test_signature_is_what_users_of_openmmlab_expect():
         qkv_bias=True,
         frozen_stages=-1,
         with_cp=False,
+        fused_attention=True,
         init_cfg=None,
     )
 
@@ -447,6 +448,7 @@ BAD_OPTIONS = [
     (dict(drop_path_rate='a'), TypeError, r"drop_path_rate must be a number, got 'a'"),
     (dict(qkv_bias=1), TypeError, r'qkv_bias must be True or False, got 1'),
     (dict(with_cp='yes'), TypeError, r"with_cp must be True or False, got 'yes'"),
+    (dict(fused_attention=1), TypeError, r'fused_attention must be True or False, got 1'),
     (dict(frozen_stages=5), ValueError, r'frozen_stages must be in -1..4, got 5'),
     (dict(frozen_stages=1.0), TypeError, r'frozen_stages must be an integer, got 1.0'),
 ]
