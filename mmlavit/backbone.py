@@ -20,8 +20,8 @@ from .checkpoint import check_arch, fit_windows, strip_prefix, windows_of
 from .mode import keeps_activations
 from .windows import WindowGrid, nesting_ratio
 
-# In inference on a CPU a layer works on roughly so many tokens at a time. Few stay in the cache, many keep
-# products large: 2048 and a whole map of 800 x 1280 took 1.2 and 1.3 times as long on 2 Zen cores.
+# In inference on a CPU a layer works on roughly so many tokens at a time. Few stay in the cache,
+# many keep products large: 2048 and a whole map of 800 x 1280 took 1.2 and 1.3 times as long.
 SLAB_TOKENS = 8192
 
 

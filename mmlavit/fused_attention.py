@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from .mode import is_traced
+from .mode import is_traced, is_transformed
 from .recompute import autocasts
 from .windows import WindowGrid, ceil_div
 
@@ -65,8 +65,7 @@ def can_fuse(
         and all(t.dtype in DTYPES and t.device == x.device for t in tensors)
         and (autocasts(x) or len({t.dtype for t in tensors}) == 1)
         and all(type(t) in (Tensor, nn.Parameter) for t in tensors)
-        # What PyTorch itself asks before it applies a torch.autograd.Function.
-        and not torch._C._are_functorch_transforms_active()
+        and not is_transformed()
         and _runs(x.device, _linear_dtype(x), grid.window, head_dim, torch.is_grad_enabled())
     )
 

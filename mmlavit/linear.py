@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import register_flop_formula
 
-from .mode import is_traced
-from .recompute import autocasts, gradients, recomputes
+from .mode import is_traced, is_transformed
+from .recompute import autocasts, gradients, is_plain, recomputes
 
 # Inductor's own, and so not documented, but there since torch 2.0. It knows no gradients.
 _onednn_linear = getattr(torch.ops.mkldnn, '_linear_pointwise', None)
@@ -56,13 +56,12 @@ def prefers_onednn(x: Tensor) -> bool:
         and _onednn_linear is not None
         and torch.backends.mkldnn.is_available()
         and not is_traced()
+        and not is_transformed()
         and not autocasts(x)
     )
 
 
 class _Linear(torch.autograd.Function):
-    generate_vmap_rule = True
-
     @staticmethod
     def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return linear(x, weight, bias)
@@ -152,11 +151,6 @@ class Linear(nn.Linear):
         return linear_after(function, x, self.weight, self.bias, *parameters)
 
 
-def is_plain(layer: nn.Module) -> bool:
-    """Whether a layer is a :class:`Linear` whose output nobody else sees."""
-    return isinstance(layer, Linear) and not layer._forward_hooks
-
-
 def linear_after_norm(
     layer: nn.Module,
     norm: nn.Module,
@@ -164,8 +158,6 @@ def linear_after_norm(
     pad: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
     """``layer(pad(norm(x)))``, by :func:`linear_after` where both are what they were made as.
-
-    A norm with hooks (Grad-CAM, say) is called as a module, so that they run.
 
     Args:
         layer: A :class:`Linear`, or what somebody put in its place (LoRA, say).
@@ -176,9 +168,7 @@ def linear_after_norm(
     Returns:
         Tokens (..., out_features).
     """
-    hooked = norm._forward_hooks or norm._forward_pre_hooks
-    ours = type(norm) is nn.LayerNorm and isinstance(layer, Linear)
-    if hooked or not ours or not recomputes(x):
+    if not (is_plain(norm, nn.LayerNorm) and isinstance(layer, Linear) and recomputes(x)):
         x = norm(x)
         return layer(x if pad is None else pad(x))
 
@@ -218,8 +208,6 @@ def linear_after(
 
 
 class _LinearAfter(torch.autograd.Function):
-    generate_vmap_rule = True
-
     @staticmethod
     def forward(
         function: Callable[..., Tensor],

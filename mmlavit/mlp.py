@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .linear import Linear, linear, linear_backward
 from .mode import keeps_activations
-from .recompute import gradients, recomputes
+from .recompute import gradients, is_plain, recomputes
 from .windows import ceil_div
 
 # Hidden activations that a piece of the tokens has: 8 MiB of float32 stay in the cache, and larger
@@ -53,52 +53,25 @@ class MLP(nn.Module):
             return self.fc2(F.gelu(self.fc1(norm(x))))
         fc1, fc2 = self.fc1, self.fc2
         parameters = norm.weight, norm.bias, fc1.weight, fc1.bias, fc2.weight, fc2.bias
-        return _MLP.apply(norm.eps, x, *parameters)[0]
-
-
-def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether a module is of the kind it was made as, and nobody watches it.
-
-    Somebody may have put a layer of their own in its place (LoRA, say), or hooks on it (Grad-CAM);
-    then it has to be called as a module.
-    """
-    hooks = module._forward_pre_hooks, module._forward_hooks
-    hooks += module._backward_pre_hooks, module._backward_hooks
-    return type(module) is kind and not any(hooks)
+        return _MLP.apply(norm.eps, x, *parameters)
 
 
 class _MLP(torch.autograd.Function):
     """Keeps the tokens and the input of GELU; computes LayerNorm and GELU again."""
 
-    generate_vmap_rule = True
-
     @staticmethod
-    def forward(
-        eps: float,
-        x: Tensor,
-        gamma: Tensor,
-        beta: Tensor,
-        w1: Tensor,
-        b1: Tensor,
-        w2: Tensor,
-        b2: Tensor,
-    ) -> tuple[Tensor, ...]:
-        """The output, and the input of GELU in pieces, for the backward pass."""
+    def forward(ctx: Any, eps: float, x: Tensor, *parameters: Tensor) -> Tensor:
+        gamma, beta, w1, b1, w2, b2 = parameters
         hidden, out = [], []
         for rows in _pieces(x, w1):
             hidden.append(linear(F.layer_norm(rows, gamma.shape, gamma, beta, eps), w1, b1))
             out.append(linear(F.gelu(hidden[-1]), w2, b2))
-        return torch.cat(out).view(x.shape), *hidden
+        ctx.eps = eps
+        ctx.save_for_backward(x, *parameters, *hidden)
+        return torch.cat(out).view(x.shape)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.eps, *tensors = inputs
-        ctx.save_for_backward(*tensors, *output[1:])
-        ctx.mark_non_differentiable(*output[1:])
-        ctx.set_materialize_grads(False)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor, *_: None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, gamma, beta, w1, b1, w2, b2, *hidden = ctx.saved_tensors
         eps, needed = ctx.eps, ctx.needs_input_grad[1:]
         if torch.is_grad_enabled():

@@ -1,4 +1,4 @@
-"""In what mode the code runs: recorded, or with a backward pass to come."""
+"""In what mode the code runs: recorded, transformed, or with a backward pass to come."""
 
 from __future__ import annotations
 
@@ -18,3 +18,9 @@ def is_traced() -> bool:
 def keeps_activations(module: nn.Module) -> bool:
     """Whether a forward pass must leave what a backward pass, or whoever records it, needs."""
     return module.training or torch.is_grad_enabled() or is_traced()
+
+
+def is_transformed() -> bool:
+    """Whether ``torch.func`` transforms the code (vmap, grad, jvp), which it does op by op."""
+    # What PyTorch itself asks before it applies a torch.autograd.Function.
+    return torch._C._are_functorch_transforms_active()

@@ -40,8 +40,6 @@ def masked_softmax(scores: Tensor, mask: Tensor | None = None) -> Tensor:
 
 
 class _SoftmaxProduct(torch.autograd.Function):
-    generate_vmap_rule = True
-
     @staticmethod
     def forward(scores: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         return masked_softmax(scores, mask) @ v

@@ -88,12 +88,11 @@ def test_gradients_are_those_of_the_reference():
 # ---- Padding, batches, sizes ---------------------------------------------------------------------
 
 
-@torch.no_grad()
+@pytest.mark.parametrize('with_gradients', [True, False])
 @pytest.mark.parametrize('size', [(37, 50), (100, 36), (4, 4)])
-def test_what_stands_at_padded_positions_changes_nothing(size, monkeypatch):
+def test_what_stands_at_padded_positions_changes_nothing(size, with_gradients, monkeypatch):
     model = small_lavit()
     x = images(2, 3, *size)
-    expected = model(x)
     poisoned = []
 
     def pad(grid: WindowGrid, x: Tensor) -> Tensor:
@@ -103,6 +102,16 @@ def test_what_stands_at_padded_positions_changes_nothing(size, monkeypatch):
         out[:, : grid.height, : grid.width] = x
         poisoned.append(grid.padded)
         return out
+
+    original = WindowGrid.pad_and_partition
+
+    def pad_and_partition(grid: WindowGrid, *args: object) -> Tensor:
+        """Q and K must be 0 there, V is poisoned."""
+        parts = original(grid, *args)
+        padded = ~grid.valid()[:, None, :, None]
+        parts[-1].unflatten(0, (-1, len(padded))).masked_fill_(padded, 1e4)
+        poisoned.append(grid.padded)
+        return parts
 
     class PoisonedPad:
         """Also the windows that `nest` adds to make up whole new windows."""
@@ -114,9 +123,12 @@ def test_what_stands_at_padded_positions_changes_nothing(size, monkeypatch):
         def pad(x: Tensor, amounts: tuple[int, ...]) -> Tensor:
             return F.pad(x, amounts, value=1e4 if x.ndim == 8 else 0.0)
 
-    monkeypatch.setattr(WindowGrid, 'pad', pad)
-    monkeypatch.setattr(windows_module, 'F', PoisonedPad())
-    assert_maps(model(x), expected, 1e-12)
+    with torch.set_grad_enabled(with_gradients):
+        expected = model(x)
+        monkeypatch.setattr(WindowGrid, 'pad', pad)
+        monkeypatch.setattr(WindowGrid, 'pad_and_partition', pad_and_partition)
+        monkeypatch.setattr(windows_module, 'F', PoisonedPad())
+        assert_maps(model(x), expected, 1e-12)
     assert any(poisoned)
 
 
@@ -207,7 +219,8 @@ def test_sizes_and_costs_are_the_papers(arch, params, flops):
     model = Classifier(arch).eval()
     count = sum(p.numel() for p in model.parameters()) / 1e6
     assert count == pytest.approx(params, rel=0.025)
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+    # With gradients, as MMEngine counts it too. Without, padded tokens are not projected.
+    with FlopCounterMode(display=False) as counter:
         model(torch.zeros(1, 3, 224, 224))
     # Torch counts a multiplication and an addition as two, the paper (as MMEngine) as one.
     assert counter.get_total_flops() / 2e9 == pytest.approx(flops, rel=0.05)

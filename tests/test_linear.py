@@ -4,9 +4,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from mmlavit import LaViT
-from mmlavit.linear import Linear, linear, prefers_convolution
+from mmlavit.linear import Linear, linear, prefers_onednn
 
 SHAPES = [(1, 5), (7, 3), (2, 3, 4, 6), (1, 1, 1, 9), (2, 24, 24, 32), (5, 2, 16, 16)]
 
@@ -56,13 +57,13 @@ def test_views(view):
 @pytest.mark.parametrize('dtype', [torch.float64, torch.bfloat16])
 def test_other_types_take_pytorchs_route(dtype):
     x, weight, bias = inputs((3, 4), 5, dtype)
-    assert not prefers_convolution(x) and not prefers_convolution(x.half())
+    assert not prefers_onednn(x) and not prefers_onednn(x.half())
     assert torch.equal(linear(x, weight, bias), F.linear(x, weight, bias))
 
 
 @pytest.mark.skipif(
     not hasattr(torch.compiler, 'is_compiling'),
-    reason='torch 2.1 does not tell nested functions; what it compiles is the convolution',
+    reason='torch 2.1 does not tell nested functions that it compiles',
 )
 def test_compiled_as_a_plain_linear_layer():
     found = []
@@ -77,13 +78,21 @@ def test_compiled_as_a_plain_linear_layer():
 
 def test_the_fast_route_is_taken_where_it_can_be(monkeypatch):
     x = torch.zeros(2, 3)
-    monkeypatch.setattr(torch, 'get_num_threads', lambda: 2)
-    assert prefers_convolution(x) == torch.backends.mkldnn.is_available()
-    monkeypatch.setattr(torch, 'get_num_threads', lambda: 1)
-    assert not prefers_convolution(x)
-    monkeypatch.setattr(torch, 'get_num_threads', lambda: 2)
+    assert prefers_onednn(x) == torch.backends.mkldnn.is_available()
+    with torch.autocast('cpu', dtype=torch.bfloat16):
+        assert not prefers_onednn(x)
     monkeypatch.setattr(torch.backends.mkldnn, 'is_available', lambda: False)
-    assert not prefers_convolution(x)
+    assert not prefers_onednn(x)
+
+
+def test_flops_are_counted():
+    x, weight, bias = inputs((5, 4), 3, torch.float32)
+    counts = []
+    for function in (linear, F.linear):
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            function(x, weight, bias)
+        counts.append(counter.get_total_flops())
+    assert counts == [2 * 5 * 4 * 3] * 2
 
 
 def test_recorded_as_a_plain_linear_layer():
@@ -96,3 +105,26 @@ def test_recorded_as_a_plain_linear_layer():
 def test_every_linear_layer_of_the_backbone_is_one():
     layers = [m for m in LaViT('nano').modules() if isinstance(m, nn.Linear)]
     assert layers and all(isinstance(m, Linear) for m in layers)
+
+
+def test_second_derivatives():
+    x, weight, bias = inputs((3, 4), 5, torch.float32)
+    found = []
+    for function in (linear, F.linear):
+        (grad,) = torch.autograd.grad(function(x, weight, bias).sin().sum(), x, create_graph=True)
+        found.append(torch.autograd.grad(grad.square().sum(), (x, weight, bias)))
+    for ours, expected in zip(*found, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_functional_transforms():
+    """Gradients of each sample, by vmap over grad."""
+    x, weight, bias = (t.detach() for t in inputs((3, 4), 5, torch.float32))
+    found = []
+    for function in (linear, F.linear):
+
+        def loss(w, x, function=function):
+            return function(x, w, bias).square().sum()
+
+        found.append(torch.func.vmap(torch.func.grad(loss), (None, 0))(weight, x))
+    torch.testing.assert_close(*found)

@@ -8,7 +8,6 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import mmlavit.linear
-from mmlavit.block import MLP
 from mmlavit.linear import Linear, linear, linear_after, linear_after_norm, linear_backward
 
 
@@ -26,17 +25,22 @@ def inputs(count: int, dtype: torch.dtype = torch.float32, biased: bool = True) 
     return tensors if biased else [t if i != 2 else None for i, t in enumerate(tensors)]
 
 
+def choose_route(monkeypatch: pytest.MonkeyPatch, slow_mkl: bool) -> None:
+    monkeypatch.setattr(mmlavit.linear, '_mkl_is_slow', lambda: slow_mkl)
+    monkeypatch.setattr(torch, 'get_num_threads', lambda: 2)
+
+
 def gradients(out: Tensor, tensors: list[Tensor | None]) -> list[Tensor]:
     wanted = [t for t in tensors if t is not None and t.requires_grad]
     return list(torch.autograd.grad(out, wanted, torch.linspace(-1, 1, out.numel()).view_as(out)))
 
 
-@pytest.mark.parametrize('threads', [1, 2], ids='{} threads'.format)
+@pytest.mark.parametrize('slow_mkl', [False, True], ids=['', 'slow MKL'])
 @pytest.mark.parametrize('frozen', [(), (0,), (1, 2), (0, 1)], ids=str)
 @pytest.mark.parametrize('biased', [True, False])
 @pytest.mark.parametrize('name', FUNCTIONS)
-def test_values_and_gradients_are_those_without(name, biased, frozen, threads, monkeypatch):
-    monkeypatch.setattr(torch, 'get_num_threads', lambda: threads)
+def test_values_and_gradients_are_those_without(name, biased, frozen, slow_mkl, monkeypatch):
+    choose_route(monkeypatch, slow_mkl)
     function, count = FUNCTIONS[name]
     tensors = inputs(count, biased=biased)
     for i in frozen:
@@ -63,9 +67,9 @@ def test_gradcheck(name):
     assert torch.autograd.gradgradcheck(layer, tensors)
 
 
-@pytest.mark.parametrize('threads', [1, 2])
-def test_linear_backward_is_autograds(threads, monkeypatch):
-    monkeypatch.setattr(torch, 'get_num_threads', lambda: threads)
+@pytest.mark.parametrize('slow_mkl', [False, True])
+def test_linear_backward_is_autograds(slow_mkl, monkeypatch):
+    choose_route(monkeypatch, slow_mkl)
     x, weight, bias = inputs(0)
     grad = torch.randn(2, 5, 7, generator=seeded(2))
     wanted = torch.autograd.grad(linear(x, weight, bias), (x, weight, bias), grad)
@@ -123,31 +127,6 @@ def test_functional_transforms():
     torch.testing.assert_close(found, expected)
 
 
-def test_another_layer_in_the_place_of_ours_is_called():
-    """As LoRA and quantization put one there."""
-
-    class Doubled(torch.nn.Module):
-        def __init__(self, inner: torch.nn.Module):
-            super().__init__()
-            self.inner = inner
-
-        def forward(self, x: Tensor) -> Tensor:
-            return 2 * self.inner(x)
-
-    mlp = MLP(6, 12)
-    x = torch.randn(3, 6, generator=seeded(1))
-    expected = 2 * mlp(x, nn.Identity())
-    mlp.fc2 = Doubled(mlp.fc2)
-    torch.testing.assert_close(mlp(x, nn.Identity()), expected)
-
-
-def test_hooks_see_the_layer():
-    mlp, seen = MLP(6, 12), []
-    mlp.fc2.register_forward_hook(lambda module, args, out: seen.append(out.shape))
-    mlp(torch.zeros(3, 6), nn.Identity())
-    assert seen == [(3, 6)]
-
-
 def pad(x: Tensor) -> Tensor:
     return F.pad(x, (0, 0, 0, 2))
 
@@ -166,17 +145,19 @@ def test_after_a_norm_values_and_gradients_are_those_without(between):
         torch.testing.assert_close(a, b)
 
 
-def test_hooks_see_the_norm():
+def test_hooks_see_the_norm_and_the_layer():
     """As Grad-CAM asks for the activations and the gradients of a norm."""
-    mlp, norm, seen = MLP(6, 12), nn.LayerNorm(6), []
-    norm.register_forward_hook(lambda module, args, out: seen.append(out))
-    out = mlp(torch.randn(3, 6, generator=seeded(1)), norm)
-    assert torch.autograd.grad(out.sum(), seen)[0].abs().sum() > 0
+    layer, norm, seen = Linear(6, 12), nn.LayerNorm(6), []
+    for module in (norm, layer):
+        module.register_forward_hook(lambda module, args, out: seen.append(out))
+    out = linear_after_norm(layer, norm, torch.randn(3, 6, generator=seeded(1)))
+    assert [t.shape for t in seen] == [(3, 6), (3, 12)]
+    assert torch.autograd.grad(out.sum(), seen[:1])[0].abs().sum() > 0
 
 
 def test_another_norm_in_the_place_of_ours_is_called():
-    mlp = MLP(6, 12)
+    layer = Linear(6, 12)
     x = torch.randn(3, 6, generator=seeded(1))
     doubled = nn.Linear(6, 6, bias=False)
     nn.init.eye_(doubled.weight).data.mul_(2)
-    torch.testing.assert_close(mlp(x, doubled), mlp(2 * x, nn.Identity()))
+    torch.testing.assert_close(linear_after_norm(layer, doubled, x), layer(2 * x))

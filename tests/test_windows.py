@@ -128,3 +128,32 @@ def test_nest_places_each_window_on_the_diagonal(height, width, prev_window, win
                     block = blocks[(b * prev.rows + home[0]) * prev.cols + home[1]]
                     expected = block[:, y % s * s + x % s, v % s * s + u % s]
                 assert torch.equal(out[index, :, i, j], expected)
+
+
+@given(*[st.integers(1, 20)] * 2, st.integers(1, 6), st.integers(1, 3))
+def test_one_copy_does_what_two_do(height, width, window, batch):
+    grid = WindowGrid(height, width, window)
+    x = torch.arange(batch * height * width * 12).view(batch, height, width, 12)
+    windows = grid.pad_and_partition(x, 3, 2)
+    assert torch.equal(windows, grid.partition(grid.pad(x), 3, 2))
+    values = windows[1]
+    assert torch.equal(grid.merge_and_crop(values), grid.crop(grid.merge(values)))
+    assert grid.merge_and_crop(values).is_contiguous()
+
+
+@pytest.mark.parametrize('queries, keys', [(0.0, None), (None, 7.0), (0.0, 7.0), (None, None)])
+@pytest.mark.parametrize('transposed', [False, True])
+@pytest.mark.parametrize('height, width, window', GRIDS)
+def test_fill_padded(height, width, window, transposed, queries, keys):
+    grid = WindowGrid(height, width, window)
+    valid = grid.valid()
+    pairs = torch.randn(2 * len(valid), 3, window**2, window**2)
+    if transposed:
+        pairs = pairs.mT
+    expected = pairs.clone().unflatten(0, (2, -1))
+    if queries is not None:
+        expected.masked_fill_(~valid[:, None, :, None], queries)
+    if keys is not None:
+        expected.masked_fill_(~valid[:, None, None, :], keys)
+    grid.fill_padded(pairs, queries=queries, keys=keys)
+    assert torch.equal(pairs, expected.flatten(0, 1))
