@@ -20,9 +20,10 @@ from .checkpoint import check_arch, fit_windows, strip_prefix, windows_of
 from .mode import keeps_activations
 from .windows import WindowGrid, nesting_ratio
 
-# In inference on a CPU a layer works on roughly so many tokens at a time. Few stay in the cache,
-# many keep products large: 2048 and a whole map of 800 x 1280 took 1.2 and 1.3 times as long.
-SLAB_TOKENS = 8192
+# In inference on a CPU a layer works on up to so many tokens at a time. Few stay in the cache, many
+# keep products large: 4096 and a whole map of 800 x 1280 took 1.1 times as long on two Xeon cores,
+# 2048 and a whole map 1.2 and 1.3 times on two Zen cores.
+SLAB_TOKENS = 16384
 
 
 class Stage(nn.Module):

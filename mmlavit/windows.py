@@ -111,19 +111,21 @@ class WindowGrid:
 
         Args:
             batch: Maps in the batch.
-            tokens: Roughly how many tokens a piece should hold.
+            tokens: How many tokens a piece may hold, unless a single row of windows has more.
 
         Returns:
             Groups of whole maps or, where a map has more tokens than that, rows of windows of one
-            map, in the order in which the windows are counted.
+            map, in the order in which the windows are counted. Pieces are about equal.
         """
-        group = tokens // (self.height * self.width)
-        if group:
+        most = tokens // (self.height * self.width)
+        if most:
+            group = ceil_div(batch, ceil_div(batch, most))
             starts = range(0, batch, group)
             return [
                 Slab(slice(i, min(i + group, batch)), slice(0, self.height), self) for i in starts
             ]
-        rows = max(1, tokens // (self.window * self.width)) * self.window
+        most = max(1, tokens // (self.window * self.width))
+        rows = ceil_div(self.rows, ceil_div(self.rows, most)) * self.window
         cuts = [slice(y, min(y + rows, self.height)) for y in range(0, self.height, rows)]
         grids = [WindowGrid(cut.stop - cut.start, self.width, self.window) for cut in cuts]
         return [
@@ -210,7 +212,7 @@ class WindowGrid:
             x: Tensor (B * rows * cols, num_heads, n, d).
 
         Returns:
-            Map (B, height, width, num_heads * d), contiguous.
+            Map (B, height, width, num_heads * d).
         """
         if not self.padded:
             return self.merge(x)
