@@ -128,9 +128,10 @@ def count_flops(build: Callable[[], nn.Module], task: Task) -> int:
     """
     model = build().to('meta')
     model.eval()
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
+    trains = task.name == 'training'
+    with FlopCounterMode(display=False) as counter, torch.set_grad_enabled(trains):
         model(torch.empty(task.shape, device='meta'))
-    return counter.get_total_flops() * (1 if task.name == 'inference' else 3)
+    return counter.get_total_flops() * (3 if trains else 1)
 
 
 def attention(settings: Settings, rounds: int) -> Iterator[list[Row]]:
@@ -148,7 +149,7 @@ def attention(settings: Settings, rounds: int) -> Iterator[list[Row]]:
         dims, heads = arch.embed_dims[m], arch.num_heads[m]
         grid = WindowGrid(800 >> (m + 2), 1280 >> (m + 2), window)
         torch.manual_seed(0)
-        x = torch.randn(1, grid.rows * window, grid.cols * window, dims, device=settings.device)
+        x = torch.randn(1, grid.height, grid.width, dims, device=settings.device)
         scores = torch.randn(grid.rows * grid.cols, heads, window**2, window**2)
         scores = scores.to(settings.device)
         vanilla = VanillaAttention(dims, heads).to(settings.device).eval()
@@ -160,6 +161,10 @@ def attention(settings: Settings, rounds: int) -> Iterator[list[Row]]:
             'LA layer': _inference(settings, less, x, grid, scores, norm),
             'VA layer': _inference(settings, vanilla, x, grid, None, norm),
         }
+        if settings.device == 'cuda':
+            unfused = LessAttention(dims, heads, window, fused=False).to(settings.device).eval()
+            unfused.load_state_dict(less.state_dict())
+            steps['LA layer, unfused'] = _inference(settings, unfused, x, grid, scores, norm)
         name = f'stage {m + 1} of 800 x 1280'
         seconds = interleave(steps, rounds, settings.device, f'attention, {name}')
         yield [Row('attention', name, 1, n, s, 'NHWC') for n, s in seconds.items()]
