@@ -50,12 +50,13 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 def prefers_onednn(x: Tensor) -> bool:
     """Whether oneDNN has the faster linear layer for ``x``."""
+    # Whether it is traced comes first: torch.compile cannot look into the rest.
     return (
-        x.device.type == 'cpu'
+        not is_traced()
+        and x.device.type == 'cpu'
         and x.dtype == torch.float32
         and _onednn_linear is not None
         and torch.backends.mkldnn.is_available()
-        and not is_traced()
         and not is_transformed()
         and not autocasts(x)
     )

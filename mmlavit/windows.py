@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .mode import is_traced
+
 
 def ceil_div(a: int, b: int) -> int:
     """``a / b`` rounded up, for non-negative ``a`` and positive ``b``."""
@@ -29,7 +31,7 @@ def pad_map(x: Tensor, multiple: int) -> Tensor:
         Map (B, H', W', C); ``x`` itself where nothing is missing.
     """
     bottom, right = (ceil_div(side, multiple) * multiple - side for side in x.shape[1:3])
-    return F.pad(x, (0, 0, 0, right, 0, bottom)) if bottom or right else x
+    return F.pad(x, (0, 0, 0, right, 0, bottom)) if is_traced() or bottom or right else x
 
 
 def nesting_ratio(prev_window: int, window: int) -> int:
@@ -92,8 +94,9 @@ class WindowGrid:
 
     @property
     def padded(self) -> bool:
-        """Whether any window holds padded tokens."""
-        return (self.rows * self.window, self.cols * self.window) != (self.height, self.width)
+        """Whether any window may hold padded tokens; recorded code is for all sizes."""
+        sides = self.rows * self.window, self.cols * self.window
+        return is_traced() or sides != (self.height, self.width)
 
     def whole(self, batch: int) -> list[Slab]:
         """A batch of maps in one piece.
@@ -104,7 +107,7 @@ class WindowGrid:
         Returns:
             One slab.
         """
-        return [Slab(slice(0, batch), slice(0, self.height), self)]
+        return [Slab(0, batch, 0, self)]
 
     def slabs(self, batch: int, tokens: int) -> list[Slab]:
         """Cut a batch of maps into pieces that share no window.
@@ -120,19 +123,14 @@ class WindowGrid:
         most = tokens // (self.height * self.width)
         if most:
             group = ceil_div(batch, ceil_div(batch, most))
-            starts = range(0, batch, group)
-            return [
-                Slab(slice(i, min(i + group, batch)), slice(0, self.height), self) for i in starts
-            ]
+            return [Slab(i, min(group, batch - i), 0, self) for i in range(0, batch, group)]
         most = max(1, tokens // (self.window * self.width))
-        rows = ceil_div(self.rows, ceil_div(self.rows, most)) * self.window
-        cuts = [slice(y, min(y + rows, self.height)) for y in range(0, self.height, rows)]
-        grids = [WindowGrid(cut.stop - cut.start, self.width, self.window) for cut in cuts]
-        return [
-            Slab(slice(i, i + 1), cut, grid)
-            for i in range(batch)
-            for cut, grid in zip(cuts, grids, strict=True)
+        step = ceil_div(self.rows, ceil_div(self.rows, most)) * self.window
+        cuts = [
+            (y, WindowGrid(min(step, self.height - y), self.width, self.window))
+            for y in range(0, self.height, step)
         ]
+        return [Slab(i, 1, y, grid) for i in range(batch) for y, grid in cuts]
 
     def pad(self, x: Tensor) -> Tensor:
         """Fill the last windows up with zeros.
@@ -152,8 +150,11 @@ class WindowGrid:
             x: Map (B, rows * window, cols * window, C).
 
         Returns:
-            Map of tokens (B, height, width, C), a view.
+            Map of tokens (B, height, width, C).
         """
+        if is_traced():
+            # Unlike a slice, a copy lies in memory alike whether there was something to cut or not.
+            return F.pad(x, (0, 0, 0, self.width - x.shape[2], 0, self.height - x.shape[1]))
         return x[:, : self.height, : self.width] if self.padded else x
 
     def partition(self, x: Tensor, num_parts: int, num_heads: int) -> Tensor:
@@ -299,7 +300,7 @@ class WindowGrid:
         num_heads = blocks.shape[1]
         blocks = blocks.reshape(-1, prev.rows, prev.cols, num_heads, s, s, s, s)
         extra_rows, extra_cols = self.rows * r - prev.rows, self.cols * r - prev.cols
-        if extra_rows or extra_cols:
+        if is_traced() or extra_rows or extra_cols:
             blocks = F.pad(blocks, (0,) * 10 + (0, extra_cols, 0, extra_rows))
         if r == 1:
             return blocks.reshape(-1, num_heads, s * s, s * s)
@@ -318,20 +319,22 @@ class Slab:
     """Some windows of a batch of maps of tokens.
 
     Args:
-        images: Which maps.
-        rows: Which rows of their tokens.
-        grid: Grid of the windows over those rows.
+        image: The first of its maps.
+        images: How many maps.
+        row: The first of its rows of tokens in each.
+        grid: Grid of the windows over its rows.
     """
 
-    images: slice
-    rows: slice
+    image: int
+    images: int
+    row: int
     grid: WindowGrid
 
     @property
     def count(self) -> int:
         """Windows, over all maps."""
-        return (self.images.stop - self.images.start) * self.grid.rows * self.grid.cols
+        return self.images * self.grid.rows * self.grid.cols
 
     def of(self, x: Tensor) -> Tensor:
         """The slab's tokens of a batch of maps (B, H, W, C), a view."""
-        return x[self.images, self.rows]
+        return x[self.image : self.image + self.images, self.row : self.row + self.grid.height]
