@@ -10,10 +10,13 @@ from torch._dynamo.backends.registry import lookup_backend
 
 from mmlavit import LaViT
 
-pytestmark = pytest.mark.skipif(
-    not hasattr(torch.compiler, 'is_compiling'),
-    reason='torch 2.1 does not tell nested functions that it compiles',
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        not hasattr(torch.compiler, 'is_compiling'),
+        reason='torch 2.1 does not tell nested functions that it compiles',
+    ),
+]
 
 # With windows of 2 x 2 tokens a side has one window up to 8 pixels, and up to 16 in the second
 # stage. Sides that need padding and sides that do not, in the first stage and in the second.
@@ -92,7 +95,6 @@ def test_training_with_chance_and_recomputation() -> None:
     assert all(p.grad is not None for p in model.parameters())
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize('train', [False, True])
 def test_inductor(train: bool) -> None:
     """What users get, at one size and then at any."""
