@@ -30,7 +30,7 @@ install:
 	@$(PYTHON) tools/setup_env.py --venv $(VENV)
 
 test: install lint
-	$(BIN) -m pytest $(if $(filter-out 0,$(SLOW)),-m "slow or not slow")
+	$(BIN) -m pytest --durations=25 $(if $(filter-out 0,$(SLOW)),-m "slow or not slow")
 
 # The original distributions, which share no environment with those of `make install`.
 test-openmmlab:

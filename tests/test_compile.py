@@ -1,6 +1,7 @@
 """torch.compile: the whole backbone in one graph, one graph for many sizes, the same numbers."""
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +18,14 @@ pytestmark = [
         reason='torch 2.1 does not tell nested functions that it compiles',
     ),
 ]
+
+SMALL = dict(
+    embed_dims=(32, 64, 96, 128),
+    num_heads=(1, 2, 3, 4),
+    depths=(2, 1, 1, 1),
+    vanilla_depths=(1, 1, 1, 1),
+    mlp_ratios=(2, 2, 2, 2),
+)
 
 # With windows of 2 x 2 tokens a side has one window up to 8 pixels, and up to 16 in the second
 # stage. Sides that need padding and sides that do not, in the first stage and in the second.
@@ -62,21 +71,20 @@ def assert_equal(model: nn.Module, compiled: nn.Module, x: Tensor, tol: float) -
             torch.testing.assert_close(a / scale, b / scale, rtol=tol, atol=tol)
 
 
-@pytest.mark.parametrize('marked', [True, False])
 @pytest.mark.parametrize('train', [False, True])
-def test_one_graph_for_all_sizes(train: bool, marked: bool) -> None:
+def test_one_graph_for_all_sizes(train: bool) -> None:
     """Nothing but the first size, which PyTorch takes for the only one unless told, is apart."""
     model = two_stages().train(train)
     backend = Counting('aot_eager' if train else 'eager')
     compiled = torch.compile(model, backend=backend, fullgraph=True)
     for batch, (height, width) in zip([2, 3, 2, 5, 4], SIZES, strict=True):
         x = images(batch, 3, height, width)
-        if marked:
+        if train:
             for axis in (0, 2, 3):
                 torch._dynamo.mark_dynamic(x, axis)
         with torch.set_grad_enabled(train):
             assert_equal(model, compiled, x, 1e-10)
-    assert backend.count == (1 if marked else 2)
+    assert backend.count == (1 if train else 2)
 
 
 @pytest.mark.parametrize('size', [(1, 1), (5, 16), (17, 8)])
@@ -97,12 +105,18 @@ def test_training_with_chance_and_recomputation() -> None:
 
 @pytest.mark.timeout(1200)  # it compiles C++
 @pytest.mark.parametrize('train', [False, True])
-def test_inductor(train: bool) -> None:
-    """What users get, at one size and then at any."""
+def test_inductor(train: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What users get; one axis alone may change, as every further one takes long to compile."""
+    # A cache of its own: a killed run leaves files there that are cut short.
+    monkeypatch.setenv('TORCHINDUCTOR_CACHE_DIR', str(tmp_path))
     print('seed 0')
     torch.manual_seed(0)
-    model = LaViT('nano', drop_path_rate=0.0, out_indices=(0, 1)).train(train)
-    compiled = torch.compile(model, fullgraph=True)
-    for size in ((64, 64), (270, 300), (330, 260)):
+    model = LaViT(SMALL, drop_path_rate=0.0, out_indices=(0,)).train(train)
+    # Training at any size needs this: https://github.com/pytorch/pytorch/issues/185510.
+    options = {'layout_optimization': False} if train else None
+    compiled = torch.compile(model, fullgraph=True, options=options)
+    for height in (70, 97):
+        x = torch.randn(2, 3, height, 66)
+        torch._dynamo.mark_dynamic(x, 2)
         with torch.set_grad_enabled(train):
-            assert_equal(model, compiled, torch.randn(2, 3, *size), 1e-4)
+            assert_equal(model, compiled, x, 1e-4)
