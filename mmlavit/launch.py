@@ -11,7 +11,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import NoReturn
 
+from .checkpoint_file import guard_checkpoints
 from .compat import repair_torchvision
+from .data_checks import refuse_empty_data
 
 # The packages whose scripts we hand over to, under the name that configs call their scope, and the
 # distributions that provide them, maintained and original.
@@ -142,10 +144,6 @@ def main(name: str) -> None:
     except LaunchError as error:
         _fail(str(error))
     repair_torchvision()
-    # They import MMEngine's runner, which takes seconds, and --help does not need it.
-    from .checkpoint_file import guard_checkpoints
-    from .data_checks import EmptyDataError, refuse_empty_data
-
     guard_checkpoints()
     refuse_empty_data()
     try:
@@ -158,8 +156,6 @@ def main(name: str) -> None:
             f'file not found: {path} (looked for in {Path.cwd()}); if it belongs to a data set, '
             'README.md, section "Data", says how to get it and where it goes'
         )
-    except EmptyDataError as error:
-        _fail(str(error))
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         if (message := _said_by_us(error) or _unknown_type(error)) is None:
             raise
@@ -173,11 +169,11 @@ def _said_by_us(error: BaseException) -> str | None:
     while error := error.__cause__ or error.__context__:
         chain.append(error)
     for error in chain:
-        *_, (frame, line) = traceback.walk_tb(error.__traceback__)
-        module = frame.f_globals.get('__name__', '')
-        statement = linecache.getline(frame.f_code.co_filename, line).strip()
-        if module.startswith('mmlavit.') and statement.startswith('raise '):
-            return str(error)
+        for frame, line in list(traceback.walk_tb(error.__traceback__))[-1:]:
+            module = frame.f_globals.get('__name__', '')
+            statement = linecache.getline(frame.f_code.co_filename, line).strip()
+            if module.startswith('mmlavit.') and statement.startswith('raise '):
+                return str(error)
         if unknown := re.fullmatch(
             r"(LaViT|DiagonalityLossHook)\.__init__\(\) (got an unexpected keyword argument '.+')",
             str(error),
