@@ -64,10 +64,13 @@ def read_checkpoint(path: str | Path, map_location: Any = 'cpu') -> dict:
             'loading it whole could run any program; if you trust where it comes from, set '
             'TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD=1'
         ) from error
-    except (RuntimeError, EOFError) as error:
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:
+        # What is missing from a file shows as almost any error.
         raise CheckpointError(
-            f'checkpoint {path} is damaged or incomplete: {_one_line(error)}; copy it again, or '
-            'take an older one'
+            f'checkpoint {path} cannot be read ({_one_line(error)}); it is probably damaged or '
+            'incomplete: copy it again, or take an older one'
         ) from error
     if not isinstance(checkpoint, dict):
         raise CheckpointError(
