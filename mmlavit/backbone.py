@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from mmengine.logging import print_log
 from mmengine.model import BaseModule
-from mmengine.model.weight_init import trunc_normal_
+from mmengine.model.weight_init import PretrainedInit, trunc_normal_
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -17,6 +17,7 @@ from .attention import LessAttention, VanillaAttention
 from .attention_residual import AttentionResidual
 from .block import Block, PatchEmbed
 from .checkpoint import check_arch, fit_windows, strip_prefix, windows_of
+from .checkpoint_file import check_pretrained
 from .mode import keeps_activations
 from .windows import WindowGrid, nesting_ratio
 
@@ -198,6 +199,19 @@ class LaViT(BaseModule):
         self._reset_parameters()
         self._freeze_stages()
 
+    def init_weights(self) -> None:
+        """Initial weights by ``init_cfg``, as everywhere in MMEngine.
+
+        Raises:
+            FileNotFoundError: If the checkpoint of ``init_cfg`` does not exist.
+            ValueError: If it is none, is damaged, holds anything but weights, holds none under
+                ``prefix``, or is of another arch.
+        """
+        if not self.is_init:
+            for cfg in _pretrained(self.init_cfg):
+                check_pretrained(cfg['checkpoint'], cfg.get('prefix'))
+        super().init_weights()
+
     def _reset_parameters(self) -> None:
         """Initial weights as in Swin and PVT; ``Psi``, ``Theta`` and LayerScale set their own."""
         for module in self.modules():
@@ -241,6 +255,9 @@ class LaViT(BaseModule):
             For each of ``out_indices`` a map (B, embed_dims[m], ceil(H / s), ceil(W / s)) with
             s = 4, 8, 16, 32. Maps are always NCHW-contiguous: mmcv's RoIAlign is silently wrong on
             any other layout (open-mmlab/mmcv#2203).
+
+        Pixels that are NaN or infinite are not looked for, which would stall a GPU. They make the
+        maps of their own image NaN and leave those of the other images as they are.
 
         Raises:
             TypeError: If ``x`` is not a floating-point tensor.
@@ -317,9 +334,25 @@ class LaViT(BaseModule):
 
 
 def _complete_init_cfg(init_cfg: dict | list[dict] | None) -> dict | list[dict] | None:
+    cfgs = init_cfg if isinstance(init_cfg, Sequence) else [init_cfg]
+    if init_cfg is not None and not all(isinstance(cfg, Mapping) for cfg in cfgs):
+        raise TypeError(f'init_cfg must be a dict, a list of dicts or None, got {init_cfg!r}')
     if isinstance(init_cfg, Mapping) and 'type' not in init_cfg and 'checkpoint' in init_cfg:
-        return {'type': 'Pretrained', 'prefix': 'backbone.', **init_cfg}
+        init_cfg = {'type': 'Pretrained', 'prefix': 'backbone.', **init_cfg}
+    for cfg in _pretrained(init_cfg):
+        for name in ('checkpoint', 'prefix'):
+            value = cfg.get(name)
+            if not isinstance(value, str) and (name == 'checkpoint' or value is not None):
+                raise TypeError(f'{name} of init_cfg must be a string, got {value!r}')
     return init_cfg
+
+
+def _pretrained(init_cfg: dict | list[dict] | None) -> list[dict]:
+    """Those of the initialisations that load a checkpoint."""
+    cfgs = [init_cfg] if isinstance(init_cfg, Mapping) else init_cfg or []
+    if untyped := [cfg for cfg in cfgs if 'type' not in cfg]:
+        raise ValueError(f'init_cfg must have a type or a checkpoint, got {untyped[0]!r}')
+    return [cfg for cfg in cfgs if cfg['type'] in ('Pretrained', PretrainedInit)]
 
 
 def _check_int(name: str, value: object, minimum: int, maximum: int | None = None) -> int:

@@ -79,6 +79,9 @@ class DiagonalityLossHook(Hook):
     it is a loss like any other: summed, scaled by AMP, accumulated, reduced by DDP, logged. Layers
     in frozen stages do not count. Nothing runs in validation and test.
 
+    MMEngine logs the sum of all losses as ``loss``. A model whose own loss has that name, as
+    mmpretrain's classifiers, would hide the sum, so it is logged as ``loss_task``.
+
     Args:
         loss_weight: Factor of the loss; the paper adds it as it is. Defaults to 1.
 
@@ -87,7 +90,8 @@ class DiagonalityLossHook(Hook):
         ValueError: If it is negative or not finite, or, when training starts, if the model holds no
             LaViT with a trainable less-attention layer.
         RuntimeError: In training, if such layers run without gradients, as under MMEngine's
-            reentrant ``activation_checkpointing``, or not at all.
+            reentrant ``activation_checkpointing``, or not at all; or if the losses hold a
+            ``loss_dp`` already, as from a second hook.
     """
 
     def __init__(self, loss_weight: float = 1.0) -> None:
@@ -155,6 +159,12 @@ class DiagonalityLossHook(Hook):
                 f'DiagonalityLossHook: {type(model).__name__} computed its losses without running '
                 'a less-attention layer'
             )
+        if 'loss_dp' in losses:
+            raise RuntimeError(
+                f"DiagonalityLossHook: {type(model).__name__}'s losses have a loss_dp already; is "
+                'the hook listed twice in custom_hooks? remove one'
+            )
+        losses = {'loss_task' if name == 'loss' else name: loss for name, loss in losses.items()}
         total = sum(diagonality_preserving_loss(*_with_mask(s, grid)) for _, s, grid in seen)
         return {**losses, 'loss_dp': self.loss_weight * total / len(seen)}
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import linecache
 import re
 import runpy
 import sys
+import traceback
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NoReturn
 
+from .checkpoint_file import guard_checkpoints
 from .compat import repair_torchvision
+from .data_checks import refuse_empty_data
 
 # The packages whose scripts we hand over to, under the name that configs call their scope, and the
 # distributions that provide them, maintained and original.
@@ -140,6 +144,8 @@ def main(name: str) -> None:
     except LaunchError as error:
         _fail(str(error))
     repair_torchvision()
+    guard_checkpoints()
+    refuse_empty_data()
     try:
         runpy.run_path(str(script), run_name='__main__')
     except FileNotFoundError as error:
@@ -150,6 +156,44 @@ def main(name: str) -> None:
             f'file not found: {path} (looked for in {Path.cwd()}); if it belongs to a data set, '
             'README.md, section "Data", says how to get it and where it goes'
         )
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        if (message := _said_by_us(error) or _unknown_type(error)) is None:
+            raise
+        _fail(message)
+
+
+def _said_by_us(error: BaseException) -> str | None:
+    """The message of an error that mmlavit raised on purpose, whoever repeated it since."""
+    # MMEngine's original build function raises an error of its own around that of a module.
+    chain = [error]
+    while error := error.__cause__ or error.__context__:
+        chain.append(error)
+    for error in chain:
+        for frame, line in list(traceback.walk_tb(error.__traceback__))[-1:]:
+            module = frame.f_globals.get('__name__', '')
+            statement = linecache.getline(frame.f_code.co_filename, line).strip()
+            if module.startswith('mmlavit.') and statement.startswith('raise '):
+                return str(error)
+        if unknown := re.fullmatch(
+            r"(LaViT|DiagonalityLossHook)\.__init__\(\) (got an unexpected keyword argument '.+')",
+            str(error),
+        ):
+            return f'{unknown[1]} {unknown[2]}; README.md lists its options'
+    return None
+
+
+def _unknown_type(error: Exception) -> str | None:
+    """The message for MMEngine's complaint that a registry has no such type."""
+    if isinstance(error, KeyError) and (
+        found := re.search(r'(\S+) is not in the (\S+) registry', str(error.args[0]))
+    ):
+        name, registry = found.groups()
+        name = name.lstrip('\'"')
+        return (
+            f"the config names a type {name!r} that is not in MMEngine's {registry} registry; "
+            'check its spelling, or list the module that registers it in custom_imports'
+        )
+    return None
 
 
 def _path_in(message: str) -> str | None:

@@ -456,12 +456,6 @@ class TestTool:
         assert main([*args, '--seed', '4', '--overwrite', '--max-shapes', '2']) == 0
         assert read_manifest(tmp_path)['recipe']['max_shapes'] == 2
 
-    def test_bad_values_are_one_line(self, tmp_path, capsys):
-        out = tmp_path / 'shapes'
-        assert load_tool().main(['--out', str(out), '--size', '8']) == 2
-        assert capsys.readouterr().err == 'make_shapes: error: size must be >= 32, got 8\n'
-        assert not out.exists()
-
     def test_interruption_says_what_to_do(self, tmp_path, capsys, monkeypatch):
         def interrupted(*args, **kwargs):
             raise KeyboardInterrupt

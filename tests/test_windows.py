@@ -93,14 +93,6 @@ def test_nesting_ratio(prev, window, ratio):
 
 
 @pytest.mark.parametrize(
-    'prev, window, words', [(7, 7, 'odd'), (8, 6, 'multiple of 4'), (8, 2, 'multiple of 4')]
-)
-def test_windows_that_do_not_nest_are_refused(prev, window, words):
-    with pytest.raises(ValueError, match=rf'window_sizes.*{words}'):
-        nesting_ratio(prev, window)
-
-
-@pytest.mark.parametrize(
     'height, width, prev_window, window',
     [(16, 16, 8, 8), (16, 16, 8, 4), (11, 21, 8, 8), (9, 9, 4, 8), (3, 40, 4, 6)],
 )

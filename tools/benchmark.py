@@ -72,7 +72,14 @@ def parse_args() -> argparse.Namespace:
     add('--rounds', type=positive, default=7, help='rounds of each comparison')
     add('--no-memory', action='store_true', help='do not measure memory')
     add('--out', type=Path, default=Path('work_dirs/benchmark'), help='folder for the results')
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.out.exists() and not args.out.is_dir():
+        parser.error(f'argument --out: {args.out} is not a folder')
+    try:
+        Settings(args.device, args.amp, args.compile)
+    except ValueError as error:
+        parser.error(str(error))
+    return args
 
 
 def main() -> None:
