@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from .compat import repair_torchvision
+from .safe_checkpoint import CheckpointError
 
 # The packages whose scripts we hand over to, under the name that configs call their scope, and the
 # distributions that provide them, maintained and original.
@@ -142,6 +143,8 @@ def main(name: str) -> None:
     repair_torchvision()
     try:
         runpy.run_path(str(script), run_name='__main__')
+    except CheckpointError as error:
+        _fail(str(error))
     except FileNotFoundError as error:
         path = error.filename or _path_in(str(error))
         if path is None:

@@ -207,10 +207,13 @@ def test_the_peers_own_recipe_but_for_what_we_name(file):
         if own_optimizer:
             del optim_wrapper['optimizer']
         # Names that a config file gives to parts of itself.
-        for key in ('pretrained', 'checkpoint', 'checkpoint_file', 'lavit_paramwise'):
+        for key in ('pretrained', 'checkpoint', 'checkpoint_file', 'lavit_paramwise', 'lavit_hooks'):
             cfg.pop(key, None)
     for key in ('custom_imports', 'custom_hooks'):
         del ours[key]
+    hooks = ours['default_hooks'], theirs['default_hooks']
+    for name, kinds in OUR_HOOKS.items():
+        assert tuple(hook[name].pop('type') for hook in hooks) == kinds
     assert without_scope(ours) == without_scope(theirs)
 
 

@@ -1,0 +1,244 @@
+"""Trainings that are killed, and disks that are full: what resuming makes of them."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import ROOT, the_one_line
+
+from mmlavit import safe_checkpoint
+from mmlavit.safe_checkpoint import SafeCheckpointHook, SafeLocalBackend, damage
+from mmlavit.shapes import ShapesRecipe, make_shapes
+from mmlavit.step_seed import NumberedBatches
+
+# Random crops, flips, dropout and dropped paths, an average of the weights: all that a resumed
+# training could lose. Three batches an epoch, twelve in all.
+BASE = f"""
+_base_ = {str(ROOT / 'configs' / 'lavit_n_shapes.py')!r}
+arch = dict(
+    _delete_=True, embed_dims=(8, 16, 24, 32), num_heads=(1, 2, 3, 4), depths=(2, 2, 3, 2),
+    vanilla_depths=(1, 1, 2, 1), mlp_ratios=(2, 2, 2, 2),
+)
+model = dict(
+    backbone=dict(arch=arch, window_sizes=(4, 4, 4, 2), drop_path_rate=0.3, drop_rate=0.1),
+    head=dict(in_channels=32),
+)
+del arch
+train_dataloader = dict(
+    batch_size=4, num_workers=0, persistent_workers=False, pin_memory=False,
+    dataset=dict(
+        data_root='shapes/imagenet',
+        pipeline=[
+            dict(type='LoadImageFromFile'),
+            dict(type='RandomCrop', crop_size=32, padding=4, padding_mode='reflect'),
+            dict(type='RandomFlip', prob=0.5, direction='horizontal'),
+            dict(type='PackInputs'),
+        ],
+    ),
+)
+val_dataloader = dict(
+    batch_size=4, num_workers=0, persistent_workers=False, pin_memory=False,
+    dataset=dict(data_root='shapes/imagenet'),
+)
+test_dataloader = val_dataloader
+custom_hooks = [dict(type='DiagonalityLossHook'), dict(type='EMAHook', momentum=0.1)]
+train_cfg = dict(max_epochs=4)
+param_scheduler = [dict(type='LinearLR', start_factor=0.1, by_epoch=False, end=9)]
+default_hooks = dict(logger=dict(interval=1), checkpoint=dict(max_keep_ckpts=1))
+"""
+# Checkpoints inside epochs and between accumulated batches.
+INSIDE = """
+_base_ = './epoch.py'
+default_hooks = dict(checkpoint=dict(by_epoch=False, interval=2, filename_tmpl='iter_{}.pth'))
+optim_wrapper = dict(accumulative_counts=3)
+"""
+# No epochs; workers, which draw the augmentation.
+ITER = """
+_base_ = './epoch.py'
+train_dataloader = dict(
+    num_workers=2, persistent_workers=True, sampler=dict(_delete_=True, type='InfiniteSampler')
+)
+train_cfg = dict(_delete_=True, type='IterBasedTrainLoop', max_iters=12, val_interval=4)
+default_hooks = dict(checkpoint=dict(by_epoch=False, interval=2))
+log_processor = dict(by_epoch=False)
+"""
+CONFIGS = {'epoch': BASE, 'inside': INSIDE, 'iter': ITER}
+LAST = {'epoch': 'epoch_4.pth', 'inside': 'iter_12.pth', 'iter': 'iter_12.pth'}
+
+
+class Lab:
+    """A folder with data, configs and trainings, and the process that forks them."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        make_shapes(folder / 'shapes', ShapesRecipe(num_train=12, num_val=4, size=64))
+        for name, text in CONFIGS.items():
+            (folder / f'{name}.py').write_text(text)
+        path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get('PYTHONPATH')]))
+        self.zygote = subprocess.Popen(
+            [sys.executable, Path(__file__).with_name('zygote.py')],
+            env={**os.environ, 'PYTHONPATH': path, 'OMP_NUM_THREADS': '1'},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
+        self._undisturbed: dict[str, tuple[Path, float]] = {}
+
+    def start(self, config: str, name: str, *argv: object, file_limit: int = 0) -> int:
+        """Start a training into the folder ``name``; its process id."""
+        argv = [f'{config}.py', '--work-dir', name, *map(str, argv)]
+        order = dict(argv=argv, cwd=str(self.folder), log=f'{name}.log', file_limit=file_limit)
+        print(json.dumps(order), file=self.zygote.stdin, flush=True)
+        return int(self.zygote.stdout.readline())
+
+    def wait(self) -> int:
+        """The exit status of the training that runs."""
+        return int(self.zygote.stdout.readline())
+
+    def train(self, config: str, name: str, *argv: object, **options: int) -> Path:
+        """A training from its start to its end; its folder."""
+        self.start(config, name, *argv, **options)
+        assert self.wait() == 0, (self.folder / f'{name}.log').read_text()[-6000:]
+        return self.folder / name
+
+    def refused(self, config: str, name: str, *argv: object, **options: int) -> str:
+        """A training that fails; the line that it says last."""
+        self.start(config, name, *argv, **options)
+        log = (self.folder / f'{name}.log').read_text()
+        assert self.wait() == 2, log[-6000:]
+        log = (self.folder / f'{name}.log').read_text()
+        return the_one_line(log.splitlines()[-1])
+
+    def undisturbed(self, config: str) -> tuple[Path, float]:
+        """A training that nobody stops, and the seconds that it takes."""
+        if config not in self._undisturbed:
+            start = time.monotonic()
+            folder = self.train(config, f'undisturbed_{config}')
+            self._undisturbed[config] = folder, time.monotonic() - start
+        return self._undisturbed[config]
+
+    def copy(self, config: str, name: str) -> Path:
+        """A copy of an undisturbed training."""
+        folder = shutil.copytree(self.undisturbed(config)[0], self.folder / name)
+        (folder / 'last_checkpoint').write_text(f'{name}/{LAST[config]}')
+        return folder
+
+
+@pytest.fixture(scope='module')
+def lab(tmp_path_factory) -> Iterator[Lab]:
+    lab = Lab(tmp_path_factory.mktemp('resume'))
+    with lab.zygote:
+        yield lab
+        lab.zygote.stdin.close()
+
+
+def load(path: Path) -> dict:
+    return torch.load(path, map_location='cpu', weights_only=False)
+
+
+def leaves(value: object, name: str = '') -> Iterator[tuple[str, object]]:
+    if isinstance(value, dict | list | tuple):
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        for key, part in items:
+            yield from leaves(part, f'{name}.{key}')
+    else:
+        yield name, value
+
+
+def assert_same_training(folder: Path, expected: Path, last: str) -> None:
+    """Bitwise: weights, their averages, the optimizer's, schedules, the best model, its score."""
+    names = {path.name for path in folder.glob('*.pth*')}
+    wanted = {path.name for path in expected.glob('*.pth*')}
+    assert wanted <= names and not any(name.endswith('.tmp') for name in names)
+    for name in sorted(wanted):
+        mine, theirs = load(folder / name), load(expected / name)
+        assert mine.keys() == theirs.keys()
+        for part in mine.keys() - {'meta', 'message_hub'}:
+            found, right = dict(leaves(mine[part])), dict(leaves(theirs[part]))
+            assert found.keys() == right.keys()
+            for key, value in right.items():
+                same = torch.equal if isinstance(value, torch.Tensor) else lambda a, b: a == b
+                assert same(found[key], value), f'{name}: {part}{key} differs'
+        infos = [c['message_hub']['runtime_info'] for c in (mine, theirs)]
+        for key in ('best_score', 'keep_ckpt_ids', 'iter', 'epoch'):
+            assert infos[0].get(key) == infos[1].get(key), f'{name}: {key}'
+    assert Path((folder / 'last_checkpoint').read_text()).name == last
+
+
+# -- Killed ----------------------------------------------------------------------------------------
+
+
+def kill(lab: Lab, work_dir: Path, pid: int, moment: float | int) -> str:
+    """Kill a training and its workers: after so many seconds, or in its n-th writing of a file."""
+    started, writings, inside = time.monotonic(), 0, False
+    while True:
+        try:
+            if os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+                break
+        except ChildProcessError:  # not ours but the zygote's
+            if not Path(f'/proc/{pid}').exists():
+                break
+        if isinstance(moment, float):
+            if time.monotonic() - started > moment:
+                break
+            time.sleep(0.001)
+            continue
+        was_inside, inside = inside, any(n.endswith('.tmp') for n in listing(work_dir))
+        writings += inside and not was_inside
+        if writings == moment:
+            break
+    writing = [name for name in listing(work_dir) if name.endswith('.tmp')]
+    try:
+        os.killpg(pid, signal.SIGKILL)
+    except ProcessLookupError:
+        os.kill(pid, signal.SIGKILL) if Path(f'/proc/{pid}').exists() else None
+    status = lab.wait()
+    return f'status {status}, writing {writing}'
+
+
+def listing(folder: Path) -> list[str]:
+    return os.listdir(folder) if folder.is_dir() else []
+
+
+def moments(seed: int, count: int, seconds: float) -> list[float | int]:
+    """Random times over a training, and as many of its writings of checkpoints."""
+    generator = random.Random(seed)
+    times = [generator.uniform(0, seconds) for _ in range(count // 2)]
+    return times + [generator.randint(1, 6) for _ in range(count - count // 2)]
+
+
+def kill_and_resume(lab: Lab, config: str, count: int, seed: int) -> None:
+    print('seed', seed)
+    expected, seconds = lab.undisturbed(config)
+    for i, moment in enumerate(moments(seed, count, seconds)):
+        name = f'killed_{config}_{i}'
+        pid = lab.start(config, name)
+        where = kill(lab, lab.folder / name, pid, moment)
+        print(f'{config} {moment}: {where}; {sorted(listing(lab.folder / name))}')
+        folder = lab.train(config, name, '--resume')
+        assert_same_training(folder, expected, LAST[config])
+        shutil.rmtree(folder)
+
+
+def test_killed_and_resumed(lab):
+    """The short version of the next: a random moment, and the writing of a checkpoint."""
+    kill_and_resume(lab, 'epoch', 2, seed=1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('config', CONFIGS)
+def test_killed_at_many_moments_and_resumed(lab, config):
+    kill_and_resume(lab, config, 8, seed=int(time.time()))
