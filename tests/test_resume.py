@@ -242,3 +242,239 @@ def test_killed_and_resumed(lab):
 @pytest.mark.parametrize('config', CONFIGS)
 def test_killed_at_many_moments_and_resumed(lab, config):
     kill_and_resume(lab, config, 8, seed=int(time.time()))
+
+
+def test_a_checkpoint_that_nobody_points_to(lab):
+    """As after a kill in the instant when last_checkpoint is being written: all work is kept."""
+    for content in ('', None):
+        work_dir = lab.copy('epoch', f'pointer_{content}')
+        pointer = work_dir / 'last_checkpoint'
+        pointer.write_text('') if content == '' else pointer.unlink()
+        folder = lab.train('epoch', work_dir.name, '--resume')
+        assert_same_training(folder, lab.undisturbed('epoch')[0], LAST['epoch'])
+        log = (lab.folder / f'{work_dir.name}.log').read_text()
+        assert 'Epoch(train)' not in log and 'epoch_4.pth' in log
+
+
+def test_nothing_to_resume_from_starts_from_the_beginning(lab):
+    folder = lab.train('epoch', 'from_nothing', '--resume')
+    assert_same_training(folder, lab.undisturbed('epoch')[0], LAST['epoch'])
+
+
+# -- Damaged ---------------------------------------------------------------------------------------
+
+DAMAGES = {
+    'truncated': lambda data: data[: len(data) // 2],
+    'short of a byte': lambda data: data[:-1],
+    'empty': lambda data: b'',
+    'zeros': lambda data: bytes(len(data)),
+    'no checkpoint': lambda data: b'<html><body>404 Not Found</body></html>',
+    'a flipped bit': lambda data: flipped(data, data.index(b'state_dict') + len(data) // 2),
+}
+
+
+def flipped(data: bytes, place: int) -> bytes:
+    return data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :]
+
+
+@pytest.fixture(scope='module')
+def two_checkpoints(lab) -> Path:
+    """A training that keeps two checkpoints."""
+    return lab.train('epoch', 'two', '--cfg-options', 'default_hooks.checkpoint.max_keep_ckpts=2')
+
+
+@pytest.mark.parametrize('kind', DAMAGES)
+def test_damaged_newest_checkpoint(lab, two_checkpoints, kind):
+    """One line that names it and the one before it; nothing is deleted; the one before it works."""
+    work_dir = lab.folder / f'damaged_{kind.replace(" ", "_")}'
+    shutil.copytree(two_checkpoints, work_dir)
+    newest, older = (f'{work_dir.name}/epoch_{n}.pth' for n in (4, 3))
+    (work_dir / 'last_checkpoint').write_text(newest)
+    data = (lab.folder / newest).read_bytes()
+    (lab.folder / newest).write_bytes(DAMAGES[kind](data))
+    before = {path.name: path.read_bytes() for path in work_dir.glob('*.pth')}
+    line = lab.refused('epoch', work_dir.name, '--resume')
+    assert line.startswith(f'mmlavit: cannot resume from {newest}: ')
+    assert f'--resume {older}' in line and 'Nothing was deleted' in line
+    assert before == {path.name: path.read_bytes() for path in work_dir.glob('*.pth')}
+    if kind == 'truncated':
+        # What the line says, done.
+        argv = ['--resume', older, '--cfg-options', 'default_hooks.checkpoint.max_keep_ckpts=2']
+        folder = lab.train('epoch', work_dir.name, *argv)
+        assert_same_training(folder, two_checkpoints, LAST['epoch'])
+
+
+def test_checkpoint_that_is_gone(lab, two_checkpoints):
+    work_dir = shutil.copytree(two_checkpoints, lab.folder / 'gone')
+    (work_dir / 'last_checkpoint').write_text('gone/epoch_4.pth')
+    (work_dir / 'epoch_4.pth').unlink()
+    line = lab.refused('epoch', 'gone', '--resume')
+    assert 'gone/epoch_4.pth: there is no such file' in line
+    assert '--resume gone/epoch_3.pth' in line
+    (work_dir / 'epoch_3.pth').write_bytes(b'')
+    line = lab.refused('epoch', 'gone', '--resume')
+    assert 'has no good one before it' in line and 'epoch_3.pth' not in line
+
+
+def test_flipped_bits_are_found_where_they_change_what_is_loaded(tmp_path):
+    """The checksums see what ``torch.load`` does not; what neither sees, changes nothing."""
+    seed = int(time.time())
+    print('seed', seed)
+    generator = random.Random(seed)
+    weights = {'a': torch.arange(1000.0), 'b': torch.ones(7, 9)}
+    torch.save(weights, tmp_path / 'whole.pth')
+    data = (tmp_path / 'whole.pth').read_bytes()
+    assert damage(tmp_path / 'whole.pth') is None
+    unseen_by_torch = 0
+    for _ in range(200):
+        (tmp_path / 'flipped.pth').write_bytes(flipped(data, generator.randrange(len(data))))
+        try:
+            loaded = load(tmp_path / 'flipped.pth')
+            same = all(torch.equal(loaded[key], weights[key]) for key in weights)
+        except Exception:  # torch has many ways to say so
+            continue
+        if not same:
+            unseen_by_torch += 1
+            assert damage(tmp_path / 'flipped.pth') is not None
+    assert unseen_by_torch > 0
+
+
+# -- Full disks ------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_disk_full_while_saving(lab):
+    """The process may write no file as large as a checkpoint: one line, and nothing is lost."""
+    half = lab.train('epoch', 'full', '--cfg-options', 'train_cfg.max_epochs=2')
+    size = (half / 'epoch_2.pth').stat().st_size
+    before = {path.name: path.read_bytes() for path in half.glob('*.pth')}
+    line = lab.refused('epoch', 'full', '--resume', file_limit=size // 2)
+    assert line.startswith(f'mmlavit: cannot write full/epoch_3.pth: {os.strerror(errno.EFBIG)}')
+    assert 'make room and go on with --resume' in line
+    assert before == {path.name: path.read_bytes() for path in half.glob('*.pth*')}
+    assert (half / 'last_checkpoint').read_text() == 'full/epoch_2.pth'
+    folder = lab.train('epoch', 'full', '--resume')
+    assert_same_training(folder, lab.undisturbed('epoch')[0], LAST['epoch'])
+
+
+class FullDisk:
+    """A file that takes half of what it is given."""
+
+    def __init__(self, sink):
+        self.sink = sink
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.sink.close()
+
+    def write(self, data):
+        self.sink.write(data[: len(data) // 2])
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_a_file_is_whole_or_as_before(tmp_path, monkeypatch):
+    path = tmp_path / 'sub' / 'epoch_1.pth'
+    backend = SafeLocalBackend()
+    backend.put(b'before', path)
+    real_open = open
+    monkeypatch.setattr('builtins.open', lambda *args: FullDisk(real_open(*args)))
+    with pytest.raises(safe_checkpoint.CheckpointError) as caught:
+        backend.put(b'afterwards', path)
+    monkeypatch.undo()
+    assert str(path) in str(caught.value) and os.strerror(errno.ENOSPC) in str(caught.value)
+    assert path.read_bytes() == b'before' and os.listdir(path.parent) == [path.name]
+    backend.put(b'afterwards', path)
+    assert path.read_bytes() == b'afterwards'
+
+
+def test_nothing_goes_before_what_replaces_it_is_there(tmp_path):
+    backend = SafeLocalBackend()
+    for name in ('a', 'b'):
+        backend.put(b'', tmp_path / name)
+        backend.remove(str(tmp_path / name))
+    backend.put(b'', tmp_path / 'c')
+    assert sorted(os.listdir(tmp_path)) == ['a', 'b', 'c']
+    backend.flush()
+    assert os.listdir(tmp_path) == ['c']
+
+
+# -- Determinism -----------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_same_seed_same_training(lab):
+    """Again, and with other numbers of workers; another seed, another training."""
+    for config, options in (
+        ('epoch', []),
+        ('epoch', ['train_dataloader.num_workers=2', 'train_dataloader.persistent_workers=True']),
+        ('iter', ['train_dataloader.num_workers=0', 'train_dataloader.persistent_workers=False']),
+    ):
+        argv = ['--cfg-options', *options] if options else []
+        folder = lab.train(config, f'again_{config}_{len(options)}', *argv)
+        assert_same_training(folder, lab.undisturbed(config)[0], LAST[config])
+    folder = lab.train('epoch', 'other_seed', '--cfg-options', 'randomness.seed=1')
+    with pytest.raises(AssertionError, match='differs'):
+        assert_same_training(folder, lab.undisturbed('epoch')[0], LAST['epoch'])
+
+
+@pytest.mark.slow
+def test_seed_that_was_not_given_is_resumed_too(lab):
+    """Weights and shuffling are those of an undisturbed training with the seed that was drawn."""
+    lab.train('epoch', 'drawn', '--cfg-options', 'randomness.seed=None', 'train_cfg.max_epochs=2')
+    seed = load(lab.folder / 'drawn' / 'epoch_2.pth')['meta']['seed']
+    print('seed', seed)
+    resumed = lab.train('epoch', 'drawn', '--resume', '--cfg-options', 'randomness.seed=None')
+    expected = lab.train('epoch', 'given', '--cfg-options', f'randomness.seed={seed}')
+    assert_same_training(resumed, expected, LAST['epoch'])
+
+
+class Batches(list):
+    """A batch sampler of given batches, which notes its epochs."""
+
+    @property
+    def sampler(self):
+        return self
+
+    def set_epoch(self, epoch: int) -> None:
+        self[:] = [[index + 10 for index in batch] for batch in self]
+
+
+def test_batches_are_numbered_and_left_out():
+    batches = NumberedBatches(Batches([[1, 2], [3]]), seed=5, endless=False)
+    assert list(batches) == [[1, 2], [3]] == list(batches) and len(batches) == 2
+    assert [batch.key for batch in batches] == [(5, 0, 0, 0), (5, 0, 0, 1)]
+    batches.skip = 1
+    assert [batch.key for batch in batches] == [(5, 0, 0, 1)]
+    assert list(batches) == [[1, 2], [3]]
+
+    def first(count: int, skip: int) -> list:
+        batches = NumberedBatches(Batches([[1, 2], [3]]), seed=5, endless=True)
+        batches.skip = skip
+        return [(batch, batch.key) for batch, _ in zip(batches, range(count), strict=False)]
+
+    whole = first(6, 0)
+    assert [batch for batch, _ in whole] == [[1, 2], [3], [11, 12], [13], [21, 22], [23]]
+    assert len({key for _, key in whole}) == 6
+    assert first(3, 3) == whole[3:]
+    assert list(NumberedBatches(Batches(), seed=5, endless=True)) == []
+
+
+# -- Options ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    'options',
+    [
+        dict(backend_args=dict(backend='petrel')),
+        dict(file_client_args=dict(backend='disk')),
+        dict(out_dir='s3://bucket/checkpoints'),
+    ],
+    ids=lambda options: next(iter(options)),
+)
+def test_local_files_only(options):
+    ((name, value),) = options.items()
+    with pytest.raises(ValueError, match=name) as caught:
+        SafeCheckpointHook(interval=1, **options)
+    assert repr(value) in str(caught.value) and 'CheckpointHook' in str(caught.value)

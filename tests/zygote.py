@@ -1,7 +1,7 @@
 """Runs tools/train.py again and again without importing the toolboxes again.
 
-Imports once, then reads a line of JSON for each run from stdin (``argv``, ``cwd``, ``log``), forks a
-process that runs mmlavit.launch.main with these arguments in a session of its own, and says its
+Imports once, then reads a line of JSON for each run from stdin (``argv``, ``cwd``, ``log``), forks
+a process that runs mmlavit.launch.main with these arguments in a session of its own, and says its
 process id on a line and, when it has ended, its exit status on another. With a ``file_limit``, in
 bytes, no file can grow beyond it. Configs are not made pretty, which takes longer than training.
 """
@@ -48,6 +48,9 @@ def run(order: dict) -> None:
 
 
 if __name__ == '__main__':
+    # Packages greet on stdout.
+    answers = os.fdopen(os.dup(1), 'w', buffering=1)
+    os.dup2(2, 1)
     # Forked processes cannot use the threads of the one that they come from.
     torch.set_num_threads(1)
     repair_torchvision()
@@ -60,8 +63,6 @@ if __name__ == '__main__':
 
     config.FormatCode = lambda text, **_: (text, False)
 
-    answers = os.fdopen(os.dup(1), 'w', buffering=1)
-    os.dup2(2, 1)
     for line in sys.stdin:
         pid = os.fork()
         if not pid:
