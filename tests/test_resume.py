@@ -14,22 +14,29 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from helpers import ROOT, the_one_line
 
-from mmlavit import safe_checkpoint
-from mmlavit.safe_checkpoint import SafeCheckpointHook, SafeLocalBackend, damage
+from mmlavit import LaViT
+from mmlavit.safe_checkpoint import (
+    CheckpointError,
+    SafeCheckpointHook,
+    SafeLocalBackend,
+    damage,
+    require_whole,
+)
 from mmlavit.shapes import ShapesRecipe, make_shapes
-from mmlavit.step_seed import NumberedBatches
+from mmlavit.step_seed import NumberedBatches, seed_process
 
 # Random crops, flips, dropout and dropped paths, an average of the weights: all that a resumed
 # training could lose. Three batches an epoch, twelve in all.
 BASE = f"""
 _base_ = {str(ROOT / 'configs' / 'lavit_n_shapes.py')!r}
 arch = dict(
-    _delete_=True, embed_dims=(8, 16, 24, 32), num_heads=(1, 2, 3, 4), depths=(2, 2, 3, 2),
-    vanilla_depths=(1, 1, 2, 1), mlp_ratios=(2, 2, 2, 2),
+    _delete_=True, embed_dims=(8, 16, 24, 32), num_heads=(1, 2, 3, 4), depths=(1, 2, 2, 1),
+    vanilla_depths=(1, 1, 1, 1), mlp_ratios=(2, 2, 2, 2),
 )
 model = dict(
     backbone=dict(arch=arch, window_sizes=(4, 4, 4, 2), drop_path_rate=0.3, drop_rate=0.1),
@@ -117,17 +124,19 @@ class Lab:
     def refused(self, config: str, name: str, *argv: object, **options: int) -> str:
         """A training that fails; the line that it says last."""
         self.start(config, name, *argv, **options)
+        code = self.wait()
         log = (self.folder / f'{name}.log').read_text()
-        assert self.wait() == 2, log[-6000:]
-        log = (self.folder / f'{name}.log').read_text()
+        assert code == 2, log[-6000:]
         return the_one_line(log.splitlines()[-1])
 
     def undisturbed(self, config: str) -> tuple[Path, float]:
         """A training that nobody stops, and the seconds that it takes."""
         if config not in self._undisturbed:
+            name = f'undisturbed_{config}'
+            self.start(config, name)
             start = time.monotonic()
-            folder = self.train(config, f'undisturbed_{config}')
-            self._undisturbed[config] = folder, time.monotonic() - start
+            assert self.wait() == 0, (self.folder / f'{name}.log').read_text()[-6000:]
+            self._undisturbed[config] = self.folder / name, time.monotonic() - start
         return self._undisturbed[config]
 
     def copy(self, config: str, name: str) -> Path:
@@ -182,31 +191,28 @@ def assert_same_training(folder: Path, expected: Path, last: str) -> None:
 
 
 def kill(lab: Lab, work_dir: Path, pid: int, moment: float | int) -> str:
-    """Kill a training and its workers: after so many seconds, or in its n-th writing of a file."""
-    started, writings, inside = time.monotonic(), 0, False
-    while True:
-        try:
-            if os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
-                break
-        except ChildProcessError:  # not ours but the zygote's
-            if not Path(f'/proc/{pid}').exists():
-                break
-        if isinstance(moment, float):
-            if time.monotonic() - started > moment:
-                break
-            time.sleep(0.001)
-            continue
-        was_inside, inside = inside, any(n.endswith('.tmp') for n in listing(work_dir))
-        writings += inside and not was_inside
-        if writings == moment:
+    """Kill a training and its workers: after so many seconds, or in its n-th writing of a file.
+
+    Returns:
+        How far it was.
+    """
+    started, writings, writing = time.monotonic(), 0, []
+    while alive(pid):
+        before, writing = writing, [n for n in listing(work_dir) if n.endswith('.tmp')]
+        writings += bool(writing and not before)
+        if time.monotonic() - started > moment if isinstance(moment, float) else writings == moment:
+            os.killpg(pid, signal.SIGKILL)
             break
-    writing = [name for name in listing(work_dir) if name.endswith('.tmp')]
+        time.sleep(2e-4)
+    return f'status {lab.wait()}, writing {writing}'
+
+
+def alive(pid: int) -> bool:
+    """Whether the zygote's child has not been waited for."""
     try:
-        os.killpg(pid, signal.SIGKILL)
+        return os.getpgid(pid) == pid
     except ProcessLookupError:
-        os.kill(pid, signal.SIGKILL) if Path(f'/proc/{pid}').exists() else None
-    status = lab.wait()
-    return f'status {status}, writing {writing}'
+        return False
 
 
 def listing(folder: Path) -> list[str]:
@@ -244,6 +250,7 @@ def test_killed_at_many_moments_and_resumed(lab, config):
     kill_and_resume(lab, config, 8, seed=int(time.time()))
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_nobody_points_to(lab):
     """As after a kill in the instant when last_checkpoint is being written: all work is kept."""
     for content in ('', None):
@@ -256,6 +263,7 @@ def test_a_checkpoint_that_nobody_points_to(lab):
         assert 'Epoch(train)' not in log and 'epoch_4.pth' in log
 
 
+@pytest.mark.slow
 def test_nothing_to_resume_from_starts_from_the_beginning(lab):
     folder = lab.train('epoch', 'from_nothing', '--resume')
     assert_same_training(folder, lab.undisturbed('epoch')[0], LAST['epoch'])
@@ -269,7 +277,7 @@ DAMAGES = {
     'empty': lambda data: b'',
     'zeros': lambda data: bytes(len(data)),
     'no checkpoint': lambda data: b'<html><body>404 Not Found</body></html>',
-    'a flipped bit': lambda data: flipped(data, data.index(b'state_dict') + len(data) // 2),
+    'a flipped bit': lambda data: flipped(data, len(data) // 2),
 }
 
 
@@ -284,6 +292,25 @@ def two_checkpoints(lab) -> Path:
 
 
 @pytest.mark.parametrize('kind', DAMAGES)
+def test_damage_is_refused_and_the_checkpoint_before_it_named(tmp_path, kind):
+    """The newest good one before it: neither a later one, nor one that is damaged as well."""
+    for n in (1, 2, 3, 10):
+        torch.save({'state_dict': torch.ones(5000)}, tmp_path / f'epoch_{n}.pth')
+    for n in (2, 3):
+        path = tmp_path / f'epoch_{n}.pth'
+        path.write_bytes(DAMAGES[kind](path.read_bytes()))
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    require_whole(tmp_path / 'epoch_10.pth', 'epoch_{}.pth')
+    with pytest.raises(CheckpointError) as caught:
+        require_whole(tmp_path / 'epoch_3.pth', 'epoch_{}.pth')
+    message = str(caught.value)
+    assert message.startswith(f'cannot resume from {tmp_path}/epoch_3.pth: ')
+    assert message.endswith(f'with --resume {tmp_path}/epoch_1.pth. Nothing was deleted')
+    assert before == {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('kind', ['truncated', 'a flipped bit'])
 def test_damaged_newest_checkpoint(lab, two_checkpoints, kind):
     """One line that names it and the one before it; nothing is deleted; the one before it works."""
     work_dir = lab.folder / f'damaged_{kind.replace(" ", "_")}'
@@ -297,13 +324,13 @@ def test_damaged_newest_checkpoint(lab, two_checkpoints, kind):
     assert line.startswith(f'mmlavit: cannot resume from {newest}: ')
     assert f'--resume {older}' in line and 'Nothing was deleted' in line
     assert before == {path.name: path.read_bytes() for path in work_dir.glob('*.pth')}
-    if kind == 'truncated':
-        # What the line says, done.
-        argv = ['--resume', older, '--cfg-options', 'default_hooks.checkpoint.max_keep_ckpts=2']
-        folder = lab.train('epoch', work_dir.name, *argv)
-        assert_same_training(folder, two_checkpoints, LAST['epoch'])
+    # What the line says, done.
+    argv = ['--resume', older, '--cfg-options', 'default_hooks.checkpoint.max_keep_ckpts=2']
+    folder = lab.train('epoch', work_dir.name, *argv)
+    assert_same_training(folder, two_checkpoints, LAST['epoch'])
 
 
+@pytest.mark.slow
 def test_checkpoint_that_is_gone(lab, two_checkpoints):
     work_dir = shutil.copytree(two_checkpoints, lab.folder / 'gone')
     (work_dir / 'last_checkpoint').write_text('gone/epoch_4.pth')
@@ -380,7 +407,7 @@ def test_a_file_is_whole_or_as_before(tmp_path, monkeypatch):
     backend.put(b'before', path)
     real_open = open
     monkeypatch.setattr('builtins.open', lambda *args: FullDisk(real_open(*args)))
-    with pytest.raises(safe_checkpoint.CheckpointError) as caught:
+    with pytest.raises(CheckpointError) as caught:
         backend.put(b'afterwards', path)
     monkeypatch.undo()
     assert str(path) in str(caught.value) and os.strerror(errno.ENOSPC) in str(caught.value)
@@ -428,6 +455,25 @@ def test_seed_that_was_not_given_is_resumed_too(lab):
     resumed = lab.train('epoch', 'drawn', '--resume', '--cfg-options', 'randomness.seed=None')
     expected = lab.train('epoch', 'given', '--cfg-options', f'randomness.seed={seed}')
     assert_same_training(resumed, expected, LAST['epoch'])
+
+
+def test_test_mode_draws_nothing():
+    """With every dropout on; the generators are left as they were."""
+    backbone = LaViT(
+        arch='nano', drop_rate=0.5, attn_drop_rate=0.5, drop_path_rate=0.5, out_indices=(3,)
+    ).eval()
+    images = torch.randn(2, 3, 64, 48)
+    found = []
+    for seed in (1, 2):
+        seed_process(seed)
+        before = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
+        with torch.no_grad():
+            found.append(backbone(images)[0])
+        after = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
+        assert torch.equal(before[0], after[0]) and before[1:] == after[1:]
+    assert torch.equal(*found)
+    with torch.no_grad():
+        assert not torch.equal(backbone.train()(images)[0], found[0])
 
 
 class Batches(list):

@@ -1,19 +1,21 @@
 """Runs tools/train.py again and again without importing the toolboxes again.
 
 Imports once, then reads a line of JSON for each run from stdin (``argv``, ``cwd``, ``log``), forks
-a process that runs mmlavit.launch.main with these arguments in a session of its own, and says its
+a process that runs mmlavit.launch.main with these arguments in a group of its own, and says its
 process id on a line and, when it has ended, its exit status on another. With a ``file_limit``, in
-bytes, no file can grow beyond it. Configs are not made pretty, which takes longer than training.
+bytes, no file can grow beyond it.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import resource
 import signal
 import sys
 import traceback
+from pathlib import Path
 
 import torch
 
@@ -21,9 +23,25 @@ from mmlavit import launch
 from mmlavit.compat import repair_torchvision
 
 
+def spare_what_takes_longer_than_training() -> None:
+    """Configs are not made pretty; the toolboxes' list of configs and the machine are read once."""
+    import mmengine.config.utils
+    import mmengine.runner.runner
+    import yapf.yapflib.yapf_api
+    from mmengine.config import Config
+
+    yapf.yapflib.yapf_api.FormatCode = lambda text, **_: (text, False)
+    for module, name in (
+        (mmengine.config.utils, '_get_cfg_metainfo'),
+        (mmengine.runner.runner, 'collect_env'),
+    ):
+        setattr(module, name, functools.cache(getattr(module, name)))
+    mmengine.runner.runner.collect_env()
+    Config.fromfile(Path(__file__).parents[1] / 'configs' / 'lavit_n_shapes.py')
+
+
 def run(order: dict) -> None:
     """What the forked process does; does not return."""
-    os.setsid()
     os.chdir(order['cwd'])
     sink = os.open(order['log'], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     os.dup2(sink, 1)
@@ -54,17 +72,16 @@ if __name__ == '__main__':
     # Forked processes cannot use the threads of the one that they come from.
     torch.set_num_threads(1)
     repair_torchvision()
-    import mmengine.config.config as config
     import mmpretrain.datasets
     import mmpretrain.engine
     import mmpretrain.evaluation
     import mmpretrain.models
     import mmpretrain.visualization  # noqa: F401
 
-    config.FormatCode = lambda text, **_: (text, False)
-
+    spare_what_takes_longer_than_training()
     for line in sys.stdin:
         pid = os.fork()
+        os.setpgid(pid, pid)  # in both processes, whichever is first
         if not pid:
             run(json.loads(line))
         print(pid, file=answers)
