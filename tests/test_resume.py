@@ -427,6 +427,49 @@ def test_nothing_goes_before_what_replaces_it_is_there(tmp_path):
     assert os.listdir(tmp_path) == ['c']
 
 
+# -- What the hooks are for ------------------------------------------------------------------------
+
+MMENGINES = [
+    'default_hooks.checkpoint.type=CheckpointHook',
+    'default_hooks.sampler_seed.type=DistSamplerSeedHook',
+]
+
+
+@pytest.mark.slow
+def test_mmengines_own_hooks_lose_what_ours_keep(lab):
+    """Whoever sees this fail may see whether our hooks are still needed."""
+    expected = lab.train('epoch', 'mmengine', '--cfg-options', *MMENGINES)
+    half = lab.train(
+        'epoch', 'mmengine_half', '--cfg-options', *MMENGINES, 'train_cfg.max_epochs=2'
+    )
+    shutil.copytree(half, lab.folder / 'mmengine_full')
+    resumed = lab.train('epoch', half.name, '--resume', '--cfg-options', *MMENGINES)
+    with pytest.raises(AssertionError, match='differs'):
+        assert_same_training(resumed, expected, LAST['epoch'])
+    far = load(resumed / 'epoch_4.pth')['state_dict'], load(expected / 'epoch_4.pth')['state_dict']
+    print('largest difference', max((far[0][k] - far[1][k]).abs().max().item() for k in far[0]))
+
+    # A disk that is full: the checkpoint before is gone, and a torn one bears the name of the new.
+    work_dir = lab.folder / 'mmengine_full'
+    (work_dir / 'last_checkpoint').write_text('mmengine_full/epoch_2.pth')
+    limit = (work_dir / 'epoch_2.pth').stat().st_size // 2
+    lab.start('epoch', work_dir.name, '--resume', '--cfg-options', *MMENGINES, file_limit=limit)
+    assert lab.wait() == 1
+    left = list(work_dir.glob('epoch_*.pth'))
+    print('left', left)
+    assert [path.name for path in left] == ['epoch_3.pth'] and damage(left[0]) is not None
+    lab.start('epoch', work_dir.name, '--resume', '--cfg-options', *MMENGINES)
+    assert lab.wait() != 0
+
+    # Flipped bits: trained on.
+    flipped_dir = lab.copy('epoch', 'mmengine_flipped')
+    path = flipped_dir / LAST['epoch']
+    data = path.read_bytes()
+    path.write_bytes(flipped(data, len(data) // 2))
+    options = [*MMENGINES, 'train_cfg.max_epochs=5']
+    lab.train('epoch', flipped_dir.name, '--resume', '--cfg-options', *options)
+
+
 # -- Determinism -----------------------------------------------------------------------------------
 
 
