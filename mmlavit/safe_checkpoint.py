@@ -89,7 +89,8 @@ class SafeCheckpointHook(CheckpointHook):
       room for one checkpoint more than ``max_keep_ckpts``.
     - Resuming first reads all of the checkpoint against its checksums, which loading does not.
     - Where ``last_checkpoint`` is empty or missing, as after a kill in the instant when MMEngine
-      writes it, the newest checkpoint that is whole is resumed from.
+      writes it, the newest checkpoint that is whole is resumed from; where the work directory has
+      been moved, the checkpoint of the same name in it.
     - A validation that the kill prevented is made up for, so the best checkpoint is not missed.
     - Gradients of an accumulation that the checkpoint falls into are saved and restored, in
       trainings of one process.
@@ -126,7 +127,7 @@ class SafeCheckpointHook(CheckpointHook):
             return
         path = runner._load_from
         if path is None:
-            path = find_latest_checkpoint(runner.work_dir) or self._adopt_newest(runner)
+            path = self._latest(runner)
         if path is not None and not _is_remote(path):
             require_whole(Path(path), self.filename_tmpl)
 
@@ -180,26 +181,32 @@ class SafeCheckpointHook(CheckpointHook):
             ) from error
         self.file_backend.flush()
 
-    def _adopt_newest(self, runner: Runner) -> str | None:
-        """Let ``last_checkpoint`` name the newest checkpoint that is whole, if there is one."""
+    def _latest(self, runner: Runner) -> str | None:
+        """What ``last_checkpoint`` names, after it is put right where it names nothing."""
+        named = find_latest_checkpoint(runner.work_dir)
+        if named and (_is_remote(named) or Path(named).exists()):
+            return named
         folder = Path(runner.work_dir)
         if self.out_dir not in (None, runner.work_dir):
             folder = Path(self.out_dir) / folder.resolve().name
-        newest_first = sorted(
-            _numbered(folder, self.filename_tmpl).values(),
-            key=lambda path: path.stat().st_mtime_ns,
-            reverse=True,
-        )
-        newest = _first_whole(newest_first)
-        if newest is None:
-            return None
+        if named:
+            found = folder / Path(named).name
+            if not found.exists():
+                return named
+        else:
+            numbered = _numbered(folder, self.filename_tmpl).values()
+            newest_first = sorted(numbered, key=lambda p: p.stat().st_mtime_ns, reverse=True)
+            found = _first_whole(newest_first)
+            if found is None:
+                return None
         pointer = Path(runner.work_dir) / 'last_checkpoint'
-        runner.logger.warning(f'{pointer} is empty or missing; the newest checkpoint is {newest}.')
+        wrong = f'names {named}, which is not there' if named else 'is empty or missing'
+        runner.logger.warning(f'{pointer} {wrong}; the newest checkpoint here is {found}.')
         barrier()  # nobody writes before everybody has read
         if is_main_process():
-            SafeLocalBackend().put(str(newest).encode(), pointer)
+            SafeLocalBackend().put(str(found).encode(), pointer)
         barrier()
-        return str(newest)
+        return str(found)
 
 
 def require_whole(path: Path, template: str) -> None:

@@ -53,7 +53,7 @@ class StepSeedHook(DistSamplerSeedHook):
             return
         endless = isinstance(loop, IterBasedTrainLoop)
         batches = NumberedBatches(loader.batch_sampler, runner.seed, endless)
-        self._restore_seed(runner, batches.batches.sampler)
+        self._restore_seed(runner, getattr(loader.batch_sampler, 'sampler', None))
         # DataLoader refuses a new batch sampler for the sake of iterators that have the old one.
         vars(loader).update(batch_sampler=batches, _iterator=None)
         loader.dataset.__getitems__ = partial(_fetch, loader.dataset)
@@ -129,8 +129,9 @@ class NumberedBatches:
             if not self.endless or number < 0:
                 return
             self.epoch += 1
-            if hasattr(self.batches.sampler, 'set_epoch'):
-                self.batches.sampler.set_epoch(self.epoch)
+            sampler = getattr(self.batches, 'sampler', None)
+            if hasattr(sampler, 'set_epoch'):
+                sampler.set_epoch(self.epoch)
 
     def __len__(self) -> int:
         return len(self.batches)
