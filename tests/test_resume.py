@@ -82,6 +82,8 @@ default_hooks = dict(checkpoint=dict(by_epoch=False, interval=2))
 log_processor = dict(by_epoch=False)
 """
 CONFIGS = {'epoch': BASE, 'inside': INSIDE, 'iter': ITER}
+# What the message hub keeps for those who go on with the training.
+KEPT = ('best_score', 'keep_ckpt_ids', 'sampler_seed', 'batches_per_epoch')
 LAST = {'epoch': 'epoch_4.pth', 'inside': 'iter_12.pth', 'iter': 'iter_12.pth'}
 
 
@@ -181,9 +183,10 @@ def assert_same_training(folder: Path, expected: Path, last: str) -> None:
             for key, value in right.items():
                 same = torch.equal if isinstance(value, torch.Tensor) else lambda a, b: a == b
                 assert same(found[key], value), f'{name}: {part}{key} differs'
-        infos = [c['message_hub']['runtime_info'] for c in (mine, theirs)]
-        for key in ('best_score', 'keep_ckpt_ids', 'iter', 'epoch'):
-            assert infos[0].get(key) == infos[1].get(key), f'{name}: {key}'
+        for part, keys in (('meta', ('epoch', 'iter')), ('runtime_info', KEPT)):
+            infos = [c.get(part) or c['message_hub'][part] for c in (mine, theirs)]
+            for key in keys:
+                assert infos[0].get(key) == infos[1].get(key), f'{name}: {key} differs'
     assert Path((folder / 'last_checkpoint').read_text()).name == last
 
 
