@@ -17,3 +17,4 @@ optim_wrapper = dict(
     optimizer=dict(_delete_=True, type='AdamW', lr=1e-4, betas=(0.9, 0.999), weight_decay=0.05),
     paramwise_cfg={{_base_.lavit_paramwise}},
 )
+default_hooks = {{_base_.lavit_hooks}}

@@ -11,3 +11,4 @@ model = dict(
 )
 
 optim_wrapper = dict(paramwise_cfg={{_base_.lavit_paramwise}})
+default_hooks = {{_base_.lavit_hooks}}

@@ -25,7 +25,7 @@ _KEY = re.compile(r'(.*?)(patch_embed\.proj|stages\.\d+\.blocks)\.')
 
 
 class CheckpointError(ValueError):
-    """What is wrong with a checkpoint, in one line that names it."""
+    """A checkpoint cannot be read, resumed from or written; the text is one line that names it."""
 
 
 def read_checkpoint(path: str | Path, map_location: Any = 'cpu') -> dict:

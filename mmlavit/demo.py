@@ -118,7 +118,7 @@ def train(config: Path, work_dir: Path, *options: str) -> Path:
     """
     last = last_checkpoint(Config.fromfile(config))
     latest = find_latest_checkpoint(str(work_dir)) if work_dir.is_dir() else None
-    if latest and Path(latest).name == last:
+    if latest and Path(latest).name == last and _validated(work_dir, last):
         print(f'{config.stem}: finished before ({latest})', flush=True)
     else:
         start = f'going on from {latest}' if latest else f'up to {last}'
@@ -133,6 +133,12 @@ def last_checkpoint(cfg: Config) -> str:
     if 'max_iters' in cfg.train_cfg:
         return f'iter_{cfg.train_cfg.max_iters}.pth'
     return f'epoch_{cfg.train_cfg.max_epochs}.pth'
+
+
+def _validated(work_dir: Path, checkpoint: str) -> bool:
+    """Whether the model of a checkpoint was validated, which a kill may have prevented."""
+    step = int(re.search(r'\d+', checkpoint)[0])
+    return any('loss' not in record and record['step'] == step for record in read_scalars(work_dir))
 
 
 def read_scalars(work_dir: Path) -> list[dict]:

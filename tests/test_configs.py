@@ -42,6 +42,13 @@ FAMILY = {
     'b': ([64, 128, 320, 640], [2, 3, 18, 4], [1, 2, 16, 3]),
 }
 
+# What configs/_base_/lavit.py gives to the others, and the hooks that replace MMEngine's.
+OUR_NAMES = ('lavit_paramwise', 'lavit_hooks')
+OUR_HOOKS = {
+    'checkpoint': ('SafeCheckpointHook', 'CheckpointHook'),
+    'sampler_seed': ('StepSeedHook', 'DistSamplerSeedHook'),
+}
+
 # The peer's experiment that each of the paper's repeats, and whether the optimizer is ours.
 PEERS = {
     'lavit_?_imagenet': ('mmpretrain::swin_transformer/swin-tiny_16xb64_in1k.py', False),
@@ -207,10 +214,13 @@ def test_the_peers_own_recipe_but_for_what_we_name(file):
         if own_optimizer:
             del optim_wrapper['optimizer']
         # Names that a config file gives to parts of itself.
-        for key in ('pretrained', 'checkpoint', 'checkpoint_file', 'lavit_paramwise'):
+        for key in ('pretrained', 'checkpoint', 'checkpoint_file', *OUR_NAMES):
             cfg.pop(key, None)
     for key in ('custom_imports', 'custom_hooks'):
         del ours[key]
+    hooks = ours['default_hooks'], theirs['default_hooks']
+    for name, kinds in OUR_HOOKS.items():
+        assert tuple(hook[name].pop('type') for hook in hooks) == kinds
     assert without_scope(ours) == without_scope(theirs)
 
 

@@ -81,6 +81,19 @@ def test_knows_when_each_training_is_over():
         assert cfg.default_hooks.checkpoint.get('by_epoch', True) == (kind == 'epoch')
 
 
+@pytest.mark.parametrize('validated', [True, False])
+def test_a_training_is_over_when_its_last_model_was_validated(tmp_path, monkeypatch, validated):
+    calls = []
+    monkeypatch.setattr(demo, '_tool', lambda *args: calls.append(args))
+    config = REPOSITORY / demo.DEMOS['cls'].config
+    (tmp_path / 'last_checkpoint').write_text(str(tmp_path / 'epoch_16.pth'))
+    (tmp_path / 'best_accuracy_top1_epoch_15.pth').touch()
+    steps = (15, 16) if validated else (15,)
+    write_run(tmp_path, '20260101_000000', [{'accuracy/top1': 50.0, 'step': s} for s in steps])
+    demo.train(config, tmp_path)
+    assert [args[0] for args in calls] == ([] if validated else ['train.py'])
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(3000)
 @pytest.mark.parametrize(

@@ -125,6 +125,8 @@ ours = {
 assert ours == {
     ('model', 'mmengine', 'LaViT'): mmlavit.LaViT,
     ('hook', 'mmengine', 'DiagonalityLossHook'): mmlavit.DiagonalityLossHook,
+    ('hook', 'mmengine', 'SafeCheckpointHook'): mmlavit.SafeCheckpointHook,
+    ('hook', 'mmengine', 'StepSeedHook'): mmlavit.StepSeedHook,
 }, ours
 """,
         cwd=tmp_path,

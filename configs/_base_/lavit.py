@@ -2,6 +2,11 @@
 custom_imports = dict(imports=['mmlavit'])
 custom_hooks = [dict(type='DiagonalityLossHook')]
 
+# For default_hooks: a killed training resumes as if nothing had happened.
+lavit_hooks = dict(
+    checkpoint=dict(type='SafeCheckpointHook'), sampler_seed=dict(type='StepSeedHook')
+)
+
 # For optim_wrapper.paramwise_cfg: no weight decay on norms, biases, LayerScale, Psi and Theta.
 lavit_paramwise = dict(
     norm_decay_mult=0.0,
