@@ -43,8 +43,12 @@ OPENMMLAB = [
     'regex',
 ]
 
+# What tools/export.py needs; torch from 2.6 on. Tried together: 1.23.2, 0.7.2, 1.31.1.
+EXPORT = ['onnx', 'onnxscript', 'onnxruntime']
+
 # What the tests, the checks and the demo of this repository run with, beside one of the two above.
 DEV = [
+    *EXPORT,
     'hypothesis',
     'matplotlib',
     'psutil',
@@ -100,7 +104,7 @@ setup(
     python_requires='>=3.10',
     packages=find_packages(include=['mmlavit', 'mmlavit.*']),
     install_requires=['torch>=2.1', 'numpy'],
-    extras_require={'onedl': ONEDL, 'openmmlab': OPENMMLAB, 'dev': DEV},
+    extras_require={'onedl': ONEDL, 'openmmlab': OPENMMLAB, 'export': EXPORT, 'dev': DEV},
     cmdclass={'build_py': BuildWithConfigs},
     zip_safe=False,
 )

@@ -17,7 +17,8 @@ from .mode import is_traced
 
 def ceil_div(a: int, b: int) -> int:
     """``a / b`` rounded up, for non-negative ``a`` and positive ``b``."""
-    return -(-a // b)
+    # Not -(-a // b), which is another number in ONNX: its division of integers rounds towards 0.
+    return (a + b - 1) // b
 
 
 def pad_map(x: Tensor, multiple: int) -> Tensor:
@@ -305,6 +306,13 @@ class WindowGrid:
         if r == 1:
             return blocks.reshape(-1, num_heads, s * s, s * s)
         blocks = blocks.reshape(-1, self.rows, r, self.cols, r, num_heads, s, s, s, s)
+        if is_traced():
+            # Copying into slices would tell apart maps of one window and of more.
+            same = torch.eye(r, dtype=torch.bool, device=blocks.device).view(r, 1, 1, 1, r, 1, 1, 1)
+            same = same & same.view(r, 1, 1, 1, r, 1)
+            blocks = blocks.permute(0, 1, 3, 5, 2, 6, 4, 7, 8, 9).unsqueeze(8).unsqueeze(10)
+            out = torch.where(same, blocks, blocks.new_zeros(()))
+            return out.reshape(-1, num_heads, self.window**2, self.window**2)
         out = blocks.new_zeros(
             blocks.shape[0], self.rows, self.cols, num_heads, r, s, r, s, r, s, r, s
         )

@@ -129,12 +129,15 @@ def test_each_extra_is_of_one_family(
     metadata: email.message.Message, requirements: list[Requirement]
 ) -> None:
     extras = metadata.get_all('Provides-Extra')
-    assert set(extras) == {'onedl', 'openmmlab', 'dev'}
+    assert set(extras) == {'onedl', 'openmmlab', 'export', 'dev'}
     families = {
         extra: {name for name in of_extra(requirements, extra) if name in PROVIDERS}
         for extra in extras
     }
-    assert families == {'onedl': set(ONEDL), 'openmmlab': set(OPENMMLAB), 'dev': set()}
+    assert families == {'onedl': set(ONEDL), 'openmmlab': set(OPENMMLAB)} | {
+        'export': set(),
+        'dev': set(),
+    }
 
 
 @pytest.mark.parametrize(('extra', 'tried'), [('onedl', ONEDL), ('openmmlab', OPENMMLAB)])
@@ -226,7 +229,7 @@ def test_installing_it_here_would_install_nothing_else(wheel: Path) -> None:
 @pytest.mark.parametrize('python', PYTHONS)
 def test_constraints_fit_the_extras(requirements: list[Requirement], python: str) -> None:
     pinned = pins(python)
-    for extra in ('onedl', 'dev'):
+    for extra in ('onedl', 'export', 'dev'):
         for name, specifier in of_extra(requirements, extra, python).items():
             assert pinned[name] in specifier, name
     for name, version in ONEDL.items():
