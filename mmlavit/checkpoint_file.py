@@ -120,17 +120,19 @@ def _one_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
-def check_pretrained(path: str, prefix: str | None, map_location: Any = 'cpu') -> None:
-    """See that MMEngine's ``Pretrained`` can load a checkpoint, before it does.
+def read_weights(path: str, map_location: Any = 'cpu') -> Mapping[str, Any]:
+    """The state dict of a checkpoint.
 
     Args:
         path: A file, or anything else that MMEngine loads from, such as an URL.
-        prefix: What the names of the wanted weights start with; None for nothing.
         map_location: As in :func:`torch.load`.
+
+    Returns:
+        Names and weights.
 
     Raises:
         FileNotFoundError: If there is no such file.
-        CheckpointError: See :func:`read_checkpoint`; or no weight has that prefix.
+        CheckpointError: See :func:`read_checkpoint`; or it holds no state dict.
     """
     if '://' in path:
         checkpoint = CheckpointLoader.load_checkpoint(path, map_location)
@@ -141,6 +143,22 @@ def check_pretrained(path: str, prefix: str | None, map_location: Any = 'cpu') -
         raise CheckpointError(
             f'the state_dict of checkpoint {path} must be a dict, it is a {type(weights).__name__}'
         )
+    return weights
+
+
+def check_pretrained(path: str, prefix: str | None, map_location: Any = 'cpu') -> None:
+    """See that MMEngine's ``Pretrained`` can load a checkpoint, before it does.
+
+    Args:
+        path: A file, or anything else that MMEngine loads from, such as an URL.
+        prefix: What the names of the wanted weights start with; None for nothing.
+        map_location: As in :func:`torch.load`.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        CheckpointError: See :func:`read_weights`; or no weight has that prefix.
+    """
+    weights = read_weights(path, map_location)
     if prefix is None:
         return
     wanted = prefix if prefix.endswith('.') else f'{prefix}.'

@@ -13,10 +13,10 @@ from pathlib import Path
 import torch
 from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
-from mmengine.runner import CheckpointLoader
 from torch import Tensor, nn
 
 from .checkpoint import strip_prefix
+from .checkpoint_file import read_weights
 from .launch import read_scope, require_package
 
 PACKAGES = ('onnx', 'onnxscript', 'onnxruntime')
@@ -83,8 +83,7 @@ def build_model(config: str | Path, checkpoint: str | None = None, head: bool = 
 
 def _load(model: nn.Module, checkpoint: str, prefix: str) -> None:
     """Load all weights of a model, none missing; those of other parts are left out."""
-    loaded = CheckpointLoader.load_checkpoint(checkpoint, map_location='cpu')
-    weights = loaded.get('state_dict', loaded)
+    weights = read_weights(checkpoint)
     # A checkpoint of the backbone alone has no prefix.
     weights = strip_prefix(weights, prefix) or weights
     try:
