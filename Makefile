@@ -1,8 +1,12 @@
 PYTHON ?= python3
 VENV ?= .venv
 SLOW ?=
+JOBS ?= 2
 
 BIN := $(VENV)/bin/python
+# One thread each: most of the work is many small operations, which two threads hardly speed up.
+PYTEST = -m pytest -n $(JOBS) --dist worksteal --durations=25 \
+	$(if $(filter-out 0,$(SLOW)),-m "slow or not slow")
 
 # Waiting threads that spin make everything several times slower where cores are shared.
 export OMP_WAIT_POLICY ?= PASSIVE
@@ -16,7 +20,8 @@ help:
 	@echo 'make demo      install, train Mask R-CNN on made-up shapes, evaluate it, draw pictures'
 	@echo 'make demo-seg  the same with UPerNet and masks of classes'
 	@echo 'make demo-cls  the same with a classifier: which shape is the largest'
-	@echo 'make test      install, lint, and the tests; SLOW=1 adds the long ones'
+	@echo 'make test      install, lint, and the tests; SLOW=1 adds the long ones, JOBS=2 is how many'
+	@echo '               processes run them'
 	@echo 'make test-openmmlab   the tests again, on the original OpenMMLab distributions, in an'
 	@echo '               environment of their own'
 	@echo 'make lint      what Ruff has to say'
@@ -30,12 +35,12 @@ install:
 	@$(PYTHON) tools/setup_env.py --venv $(VENV)
 
 test: install lint
-	$(BIN) -m pytest --durations=25 $(if $(filter-out 0,$(SLOW)),-m "slow or not slow")
+	OMP_NUM_THREADS=1 $(BIN) $(PYTEST)
 
 # The original distributions, which share no environment with those of `make install`.
 test-openmmlab:
 	@$(PYTHON) tools/setup_env.py --stack openmmlab --venv $(VENV)-openmmlab
-	$(VENV)-openmmlab/bin/python -m pytest $(if $(filter-out 0,$(SLOW)),-m "slow or not slow")
+	OMP_NUM_THREADS=1 $(VENV)-openmmlab/bin/python $(PYTEST)
 
 lint: install
 	$(BIN) -m ruff check .

@@ -54,6 +54,7 @@ DEV = [
     'psutil',
     'pytest',
     'pytest-timeout',
+    'pytest-xdist',
     'ruff',
     'tensorboard',
     'tqdm',
