@@ -242,8 +242,13 @@ def kill_and_resume(lab: Lab, config: str, moments: list[float | int]) -> None:
 
 
 def test_killed_and_resumed(lab):
-    """The short version of the next: in the middle, and in the writing of a later checkpoint."""
-    kill_and_resume(lab, 'epoch', [lab.undisturbed('epoch')[1] * 0.6, 4])
+    """The short version of the next: one training, killed in the middle and in writing."""
+    expected, seconds = lab.undisturbed('epoch')
+    work_dir = lab.folder / 'killed_twice'
+    for argv, moment in (([], seconds * 0.6), (['--resume'], 2)):
+        pid = lab.start('epoch', work_dir.name, *argv)
+        print(moment, kill(lab, work_dir, pid, moment), sorted(listing(work_dir)))
+    assert_same_training(lab.train('epoch', work_dir.name, '--resume'), expected, LAST['epoch'])
 
 
 @pytest.mark.slow
