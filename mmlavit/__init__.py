@@ -1,8 +1,8 @@
 """mmlavit: the Less-Attention Vision Transformer (LaViT) as a backbone for OpenMMLab.
 
-Importing this package registers :class:`LaViT`, :class:`DiagonalityLossHook` and
-:func:`wrap_lavit_blocks` in MMEngine, and lets configs inherit from ``mmlavit::...`` (and, where
-MMEngine knows mmseg by another name, from ``mmseg::...``).
+Importing this package registers :class:`LaViT`, :class:`DiagonalityLossHook`,
+:func:`wrap_lavit_blocks` and :class:`ResumableFSDPStrategy` in MMEngine, and lets configs inherit
+from ``mmlavit::...`` (and, where MMEngine knows mmseg by another name, from ``mmseg::...``).
 """
 
 from .compat import repair_config_bases, require_mmengine, serve_config_bases
@@ -12,7 +12,7 @@ require_mmengine()
 from .arch import ARCHS  # noqa: E402
 from .backbone import LaViT  # noqa: E402
 from .diagonality import DiagonalityLossHook, diagonality_preserving_loss  # noqa: E402
-from .fsdp import wrap_lavit_blocks  # noqa: E402
+from .fsdp import ResumableFSDPStrategy, wrap_lavit_blocks  # noqa: E402
 
 repair_config_bases()
 serve_config_bases()
@@ -22,6 +22,7 @@ __all__ = [
     'ARCHS',
     'DiagonalityLossHook',
     'LaViT',
+    'ResumableFSDPStrategy',
     'diagonality_preserving_loss',
     'wrap_lavit_blocks',
 ]

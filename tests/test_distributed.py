@@ -109,7 +109,7 @@ def fsdp_training(
         work_dir=str(folder),
         experiment_name=f'fsdp_{steps}',
         strategy=dict(
-            type='FSDPStrategy',
+            type='ResumableFSDPStrategy',
             model_wrapper=dict(
                 type='MMFullyShardedDataParallel',
                 auto_wrap_policy='wrap_lavit_blocks',
@@ -167,7 +167,7 @@ def run_cases(rank: int, folder: Path, port: int) -> None:
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(WORLD))
     os.environ.update(MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port))
-    dist.init_process_group('gloo', rank=rank, world_size=WORLD, timeout=timedelta(seconds=60))
+    dist.init_process_group('gloo', rank=rank, world_size=WORLD, timeout=timedelta(seconds=300))
     cases: dict[str, Callable[[], dict]] = {
         f'DDP {name}': partial(ddp_gradients, rank, **options)
         for name, options in DDP_CASES.items()
