@@ -1,8 +1,9 @@
 """mmlavit: the Less-Attention Vision Transformer (LaViT) as a backbone for OpenMMLab.
 
 Importing this package registers :class:`LaViT`, :class:`DiagonalityLossHook`,
-:class:`SafeCheckpointHook` and :class:`StepSeedHook` in MMEngine, and lets configs inherit from
-``mmlavit::...`` (and, where MMEngine knows mmseg by another name, from ``mmseg::...``).
+:class:`SafeCheckpointHook`, :class:`StepSeedHook`, :class:`ResumableFSDPStrategy` and
+:func:`wrap_lavit_blocks` in MMEngine, and lets configs inherit from ``mmlavit::...`` (and, where
+MMEngine knows mmseg by another name, from ``mmseg::...``).
 """
 
 from .compat import repair_config_bases, require_mmengine, serve_config_bases
@@ -12,6 +13,7 @@ require_mmengine()
 from .arch import ARCHS  # noqa: E402
 from .backbone import LaViT  # noqa: E402
 from .diagonality import DiagonalityLossHook, diagonality_preserving_loss  # noqa: E402
+from .fsdp import ResumableFSDPStrategy, wrap_lavit_blocks  # noqa: E402
 from .safe_checkpoint import SafeCheckpointHook  # noqa: E402
 from .step_seed import StepSeedHook  # noqa: E402
 
@@ -23,7 +25,9 @@ __all__ = [
     'ARCHS',
     'DiagonalityLossHook',
     'LaViT',
+    'ResumableFSDPStrategy',
     'SafeCheckpointHook',
     'StepSeedHook',
     'diagonality_preserving_loss',
+    'wrap_lavit_blocks',
 ]

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from .fused_attention import can_fuse, fused_less_attention
 from .linear import Linear, linear, linear_after_norm
 from .mode import keeps_activations
+from .saturate import saturate
 from .softmax import masked_softmax, softmax_product
 from .windows import WindowGrid
 
@@ -90,6 +91,8 @@ class WindowAttention(nn.Module):
 class VanillaAttention(WindowAttention):
     """Equation 4: ``A = Q K^T / sqrt(d)``, ``Z = softmax(A) V``; keeps ``A``.
 
+    In float16 scores end at 65504 instead of becoming infinite, see :func:`saturate`.
+
     Args:
         embed_dims: Channels of a token.
         num_heads: Attention heads; must divide ``embed_dims``.
@@ -137,6 +140,7 @@ class LessAttention(WindowAttention):
 
     ``Psi`` and ``Theta`` mix the query places and the key places of a window. They are shared by
     all heads and windows, and start as the identity: a new layer reuses the attention it is given.
+    In float16 scores end at 65504 instead of becoming infinite, see :func:`saturate`.
 
     Args:
         embed_dims: Channels of a token.
@@ -193,7 +197,7 @@ class LessAttention(WindowAttention):
 
 
 def scaled_product(q: Tensor, k: Tensor, scale: float, residual: Tensor | None) -> Tensor:
-    """``scale Q K^T + residual`` in one product.
+    """``scale Q K^T + residual`` in one product, saturated in float16.
 
     Args:
         q: (windows, heads, n, d).
@@ -206,11 +210,11 @@ def scaled_product(q: Tensor, k: Tensor, scale: float, residual: Tensor | None) 
     """
     start, beta = (q.new_zeros(()), 0) if residual is None else (residual.flatten(0, 1), 1)
     product = torch.baddbmm(start, q.flatten(0, 1), k.flatten(0, 1).mT, beta=beta, alpha=scale)
-    return product.unflatten(0, q.shape[:2])
+    return saturate(product).unflatten(0, q.shape[:2])
 
 
 def two_sided_linear(scores: Tensor, psi: Tensor, theta: Tensor) -> Tensor:
-    """``Psi A Theta^T`` for every map ``A``.
+    """``Psi A Theta^T`` for every map ``A``, saturated in float16.
 
     A linear layer acts on the last axis. So one product works on the maps as they lie in memory
     and the other on their transposes: two large plain products and one copy, which is faster than
@@ -226,8 +230,12 @@ def two_sided_linear(scores: Tensor, psi: Tensor, theta: Tensor) -> Tensor:
         Tensor (windows, heads, n, n), possibly a transposed view.
     """
     if scores.is_contiguous():
-        return linear(linear(scores, theta).mT.contiguous(), psi).mT
-    return linear(linear(scores.mT, psi).mT.contiguous(), theta)
+        return _product(_product(scores, theta).mT.contiguous(), psi).mT
+    return _product(_product(scores.mT, psi).mT.contiguous(), theta)
+
+
+def _product(scores: Tensor, weight: Tensor) -> Tensor:
+    return saturate(linear(scores, weight))
 
 
 def key_mask(grid: WindowGrid, like: Tensor) -> Tensor:

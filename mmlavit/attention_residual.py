@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .linear import linear
+from .saturate import saturate
 from .windows import WindowGrid, nesting_ratio
 
 
@@ -102,6 +103,6 @@ def halve_pairs(scores: Tensor, kernel: Tensor) -> Tensor:
     # From (previous head, query row, query column, key row, block, key column) to (head, block).
     matrix = torch.einsum('oiabcd,rt->oriabctd', kernel, diagonal).reshape(num_heads * s, -1)
     x = scores.reshape(-1, prev_heads, s, 2, s, 2, s, 4 * s).permute(0, 2, 4, 6, 1, 3, 5, 7)
-    x = linear(x.reshape(-1, s * s, s, prev_heads * 16 * s), matrix)
+    x = saturate(linear(x.reshape(-1, s * s, s, prev_heads * 16 * s), matrix))
     x = x.unflatten(-1, (num_heads, s)).permute(0, 3, 1, 2, 4)
     return x.reshape(-1, num_heads, s * s, s * s)

@@ -201,6 +201,7 @@ def _options(v: Tensor, grid: WindowGrid, num_heads: int) -> dict[str, Any]:
         N=_tile_side(grid.window**2),
         D=_tile_side(head_dim),
         PRECISION='tf32' if _allows_tf32() else 'ieee',
+        HALF=v.dtype == torch.float16,
         num_warps=4 if v.element_size() == 2 else 8,
         num_stages=1,
     )

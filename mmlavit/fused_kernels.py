@@ -8,6 +8,7 @@ of 2 from 16 on, so it is computed as ``N >= n`` places by ``N``, and a head's `
 ``D >= d``. What is loaded from beyond ``n`` and ``d`` is 0, and nothing is stored there.
 
 Products take operands of the input's type and add up in float32, in which all else is computed.
+In float16 scores saturate before they are rounded, as :mod:`mmlavit.saturate` says.
 Scores and maps may hold more than 2^31 elements, so where a tile starts is counted in 64 bits.
 """
 
@@ -59,6 +60,22 @@ def _pairs(tile, heads, stride_window, stride_head, stride_query, stride_key, N:
 
 
 @triton.jit
+def _saturate(scores, HALF: tl.constexpr):
+    """Scores in float32 within the range of float16, if that is what they will be stored as."""
+    if HALF:
+        scores = tl.minimum(tl.maximum(scores, -65504.0), 65504.0)
+    return scores
+
+
+@triton.jit
+def _unless_saturated(grad, scores, HALF: tl.constexpr):
+    """The gradient of :func:`_saturate`."""
+    if HALF:
+        grad = tl.where(tl.abs(scores) < 65504.0, grad, 0.0).to(grad.dtype)
+    return grad
+
+
+@triton.jit
 def _softmax(scores, is_key):
     """``softmax(A)`` (N, N) over the keys (N,) that count."""
     scores = tl.where(is_key[None, :], scores, float('-inf'))
@@ -72,7 +89,7 @@ def forward(
     stride_window, stride_head, stride_query, stride_key,
     tiles, heads, height, width, map_height, map_width,
     WINDOW: tl.constexpr, HEAD_DIM: tl.constexpr, N: tl.constexpr, D: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
     """``A_l = Psi A_{l-1} Theta^T`` and ``Z = softmax(A_l) V``.
 
@@ -98,8 +115,8 @@ def forward(
         a = tl.load(scores + given, mask=is_pair, other=0.0)
         values = tl.load(v + tokens, mask=is_real[:, None] & is_channel[None, :], other=0.0)
 
-        mixed = tl.dot(p, a, input_precision=PRECISION).to(a.dtype)
-        a = tl.dot(mixed, tl.trans(t), input_precision=PRECISION)
+        mixed = _saturate(tl.dot(p, a, input_precision=PRECISION), HALF).to(a.dtype)
+        a = _saturate(tl.dot(mixed, tl.trans(t), input_precision=PRECISION), HALF)
         a = tl.where(is_real[:, None] & is_real[None, :], a, 0.0)
         tl.store(new_scores + kept, a, mask=is_pair)
 
@@ -116,7 +133,7 @@ def backward(
     new_stride_window, new_stride_head, new_stride_query, new_stride_key,
     tiles, heads, height, width, map_height, map_width,
     WINDOW: tl.constexpr, HEAD_DIM: tl.constexpr, N: tl.constexpr, D: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
     """Gradients of :func:`forward`, which is computed again.
 
@@ -142,7 +159,9 @@ def backward(
         )
 
         a = tl.load(scores + given, mask=is_pair, other=0.0)
-        mixed = tl.dot(p, a, input_precision=PRECISION).to(a.dtype)
+        mixed = _saturate(tl.dot(p, a, input_precision=PRECISION), HALF).to(a.dtype)
+        new_a = _saturate(tl.dot(mixed, tl.trans(t), input_precision=PRECISION), HALF)
+        new_a = tl.where(is_real[:, None] & is_real[None, :], new_a, 0.0)
 
         # The gradient of A_l: what comes in as such, and what comes through the softmax.
         grad = tl.zeros((N, N), tl.float32)
@@ -157,8 +176,6 @@ def backward(
             is_output = is_stored[:, None] & is_channel[None, :]
             values = tl.load(v + tokens, mask=is_value, other=0.0)
             grad_z = tl.load(grad_out + tokens, mask=is_output, other=0.0)
-            new_a = tl.dot(mixed, tl.trans(t), input_precision=PRECISION)
-            new_a = tl.where(is_real[:, None] & is_real[None, :], new_a, 0.0)
             attn = _softmax(new_a, is_real)
             if grad_v is not None:
                 grad_values = tl.dot(
@@ -167,10 +184,12 @@ def backward(
                 tl.store(grad_v + tokens, grad_values, mask=is_output)
             grad_attn = tl.dot(grad_z, tl.trans(values), input_precision=PRECISION)
             grad += attn * (grad_attn - tl.sum(attn * grad_attn, axis=1)[:, None])
-        grad = tl.where(is_real[:, None] & is_real[None, :], grad, 0.0).to(a.dtype)
+        grad = tl.where(is_real[:, None] & is_real[None, :], grad, 0.0)
+        grad = _unless_saturated(grad, new_a, HALF).to(a.dtype)
 
         # A_l = Psi A_{l-1} Theta^T, so that A_{l-1} gets Psi^T grad Theta and so on.
         grad_mixed = tl.dot(grad, t, input_precision=PRECISION).to(a.dtype)
+        grad_mixed = _unless_saturated(grad_mixed, mixed, HALF)
         if grad_theta is not None:
             sum_theta = tl.dot(tl.trans(grad), mixed, sum_theta, input_precision=PRECISION)
         if grad_psi is not None:

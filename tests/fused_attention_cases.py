@@ -143,6 +143,32 @@ def test_half_precision_is_as_good_as_without(height, width, window, head_dim, d
         assert error(a, right) < 1.5 * error(b, right) + torch.finfo(dtype).eps
 
 
+@pytest.mark.parametrize('psi, theta', [(3.0, 2.0), (30.0, 0.1)], ids=['last', 'between'])
+def test_what_float16_cannot_hold(psi, theta, calls):
+    """Saturates after either product, forward and backward, as the plain way does."""
+    grid = WindowGrid(9, 5, 8)
+    # Of scores that lie so, the plain way too takes the product with Psi first.
+    layer, scores = layer_for(8, 32), 1e4 * scores_for(grid, 1, lying=True)
+    with torch.no_grad():
+        layer.psi.copy_(psi * torch.eye(64))
+        layer.theta.copy_(theta * torch.eye(64))
+    given = moved(layer, torch.float16), moved(images(1, 9, 5, 64), torch.float16), grid
+    given = *given, moved(scores, torch.float16)
+    plain, ours = run(*given, fused=False), run(*given, fused=True)
+    assert len(calls) == 1
+    largest = torch.finfo(torch.float16).max
+    limit = min(largest * theta, largest)
+    assert (plain[1].abs() > 0.99 * limit).sum() > 50 and (plain[1].abs() < 0.9 * limit).any()
+    assert error(ours[1], plain[1].double().cpu()) < 2e-3
+    # So large, scores that differ in rounding alone have different softmaxes.
+    assert ours[0].isfinite().all() and plain[0].isfinite().all()
+    # A saturated score has no gradient. Those of Psi and Theta would leave the range, too.
+    layer.requires_grad_(False)
+    found, expected = (gradients(*given, fused, 'scores')['scores'] for fused in (True, False))
+    assert (expected == 0).sum() > 50 and expected.any()
+    assert error(found, expected.double().cpu()) < 5e-3
+
+
 @torch.no_grad()
 def test_a_map_may_be_padded_or_not():
     grid = WindowGrid(9, 5, 8)

@@ -1,0 +1,279 @@
+"""DDP and FSDP on two gloo processes against one process that sees the whole batch."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import socket
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from mmengine.model import BaseModel, MMDistributedDataParallel
+from mmengine.runner import FlexibleRunner
+from small import ARCH, images, small_lavit
+from torch import Tensor, nn
+
+from mmlavit import DiagonalityLossHook
+from mmlavit.compat import repair_torchvision
+
+WORLD = 2
+LOCAL_BATCH = 2
+# Every stage pads, at an odd place.
+HEIGHT, WIDTH = 72, 40
+LEARNING_RATE = 0.1
+STEPS = 2
+
+needs_fsdp = pytest.mark.skipif(
+    tuple(map(int, torch.__version__.split('.')[:2])) < (2, 4),
+    reason='FSDP of torch before 2.4 wants a GPU',
+)
+
+
+class Toy(BaseModel):
+    """A LaViT and a linear head over the means of all its maps."""
+
+    def __init__(self, **options: object) -> None:
+        super().__init__()
+        self.backbone = small_lavit(**options).train()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            channels = sum(ARCH['embed_dims'][m] for m in self.backbone.out_indices)
+            self.head = nn.Linear(channels, 3).double()
+
+    def forward(self, inputs: Tensor, labels: Tensor, mode: str = 'tensor') -> object:
+        maps = self.backbone(inputs)
+        logits = self.head(torch.cat([m.mean(dim=(2, 3)) for m in maps], dim=1))
+        return dict(loss_cls=F.cross_entropy(logits, labels)) if mode == 'loss' else logits
+
+
+def batch(step: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
+    """The whole batch of a step."""
+    count = WORLD * LOCAL_BATCH
+    x = images(count, 3, HEIGHT, WIDTH, seed=10 + step).to(dtype)
+    return x, (torch.arange(count) + step) % 3
+
+
+def gradients_of(
+    model: nn.Module, whole: tuple[Tensor, Tensor], rank: int | None = None
+) -> dict[str, Tensor | None]:
+    """One backward pass with the hook on; ``rank`` takes its share of the batch, None all."""
+    share = slice(None) if rank is None else slice(rank * LOCAL_BATCH, (rank + 1) * LOCAL_BATCH)
+    hook = DiagonalityLossHook()
+    inner = model.module if isinstance(model, MMDistributedDataParallel) else model
+    has_dp = any(p.requires_grad for n, p in inner.named_parameters() if n.endswith('.psi'))
+    if has_dp:
+        hook.before_train(SimpleNamespace(model=model))
+    losses = model(inputs=whole[0][share], labels=whole[1][share], mode='loss')
+    assert ('loss_dp' in losses) == has_dp
+    sum(losses.values()).backward()
+    hook.after_train(None)
+    return {n: p.grad for n, p in inner.named_parameters() if p.requires_grad}
+
+
+# -- What runs in the two processes ----------------------------------------------------------------
+
+
+def ddp_gradients(rank: int, dtype: torch.dtype = torch.float64, **options: object) -> dict:
+    """Of the second of two passes: DDP says at its start if a parameter of the first was unused."""
+    model = MMDistributedDataParallel(Toy(**options).to(dtype))
+    for step in range(2):
+        model.zero_grad()
+        found = gradients_of(model, batch(step, dtype), rank)
+    return found
+
+
+def samples() -> list[dict]:
+    """The batches one after the other, each in the order in which the sampler deals it out."""
+    order = [i + r * LOCAL_BATCH for i in range(LOCAL_BATCH) for r in range(WORLD)]
+    out = []
+    for step in range(STEPS):
+        x, labels = batch(step)
+        out += [dict(inputs=x[i], labels=labels[i]) for i in order]
+    return out
+
+
+def fsdp_training(
+    rank: int, folder: Path, steps: int = STEPS, resume: bool = False, **options: object
+) -> dict:
+    """MMEngine's runner and strategy; returns what each process kept of the weights."""
+    runner = FlexibleRunner(
+        Toy(**options),
+        work_dir=str(folder),
+        experiment_name=f'fsdp_{steps}',
+        strategy=dict(
+            type='ResumableFSDPStrategy',
+            model_wrapper=dict(
+                type='MMFullyShardedDataParallel',
+                auto_wrap_policy='wrap_lavit_blocks',
+                device_id=torch.device('cpu'),
+            ),
+            # The short form, 'full', moves weights to the CPU, which crashes where they are.
+            state_dict_cfg=dict(
+                state_dict_type='FULL_STATE_DICT',
+                state_dict_config=dict(type='FullStateDictConfig', rank0_only=True),
+                optim_state_dict_config=dict(type='FullOptimStateDictConfig', rank0_only=True),
+            ),
+        ),
+        launcher='pytorch',
+        train_dataloader=dict(
+            batch_size=LOCAL_BATCH,
+            num_workers=0,
+            dataset=samples(),
+            sampler=dict(type='DefaultSampler', shuffle=False),
+            collate_fn=dict(type='default_collate'),
+        ),
+        train_cfg=dict(by_epoch=False, max_iters=steps),
+        optim_wrapper=dict(optimizer=dict(type='SGD', lr=LEARNING_RATE, momentum=0.9)),
+        default_hooks=dict(
+            checkpoint=dict(type='CheckpointHook', interval=1, by_epoch=False),
+            logger=dict(type='LoggerHook', interval=1),
+        ),
+        custom_hooks=[dict(type='DiagonalityLossHook')],
+        resume=resume,
+    )
+    runner.train()
+    return dict(numel=sum(p.numel() for p in runner.model.parameters()))
+
+
+DDP_CASES = {
+    f'out_indices={out}, frozen_stages={frozen}': dict(out_indices=out, frozen_stages=frozen)
+    for out in [(0,), (0, 2), (0, 1, 2, 3)]
+    for frozen in (-1, 2)
+} | {
+    'patch embedding frozen': dict(frozen_stages=0),
+    'the whole backbone frozen': dict(frozen_stages=4),
+    'with_cp': dict(with_cp=True),
+    'with_cp, frozen_stages=1': dict(with_cp=True, frozen_stages=1),
+    'float32': dict(dtype=torch.float32),
+}
+FSDP_CASES = {
+    'plain': {},
+    'with_cp': dict(with_cp=True),
+    'frozen_stages=2': dict(frozen_stages=2),
+}
+
+
+def run_cases(rank: int, folder: Path, port: int) -> None:
+    """One of the two processes: all cases in one process group."""
+    repair_torchvision()  # MMEngine's log of the environment imports it
+    torch.set_num_threads(1)
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(WORLD))
+    os.environ.update(MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port))
+    dist.init_process_group('gloo', rank=rank, world_size=WORLD, timeout=timedelta(seconds=300))
+    cases: dict[str, Callable[[], dict]] = {
+        f'DDP {name}': partial(ddp_gradients, rank, **options)
+        for name, options in DDP_CASES.items()
+    }
+    if not needs_fsdp.args[0]:
+        for name, options in FSDP_CASES.items():
+            work_dir = folder / f'fsdp {name}'
+            cases[f'FSDP {name}'] = partial(fsdp_training, rank, work_dir, **options)
+        cases['FSDP first'] = partial(fsdp_training, rank, folder / 'resumed', steps=1)
+        cases['FSDP resumed'] = partial(fsdp_training, rank, folder / 'resumed', resume=True)
+    found: dict[str, object] = {}
+    for name, case in cases.items():
+        try:
+            found[name] = case()
+        except Exception:
+            # The other process may now wait for this one: no case after this.
+            found[name] = traceback.format_exc()
+            break
+    torch.save(found, folder / f'{rank}.pth')
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope='module')
+def found(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict]]:
+    """What each of the two processes found, case by case."""
+    folder = tmp_path_factory.mktemp('distributed')
+    with socket.socket() as probe:
+        probe.bind(('127.0.0.1', 0))
+        port = probe.getsockname()[1]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv('OMP_NUM_THREADS', '1')
+        torch.multiprocessing.spawn(run_cases, args=(folder, port), nprocs=WORLD)
+    return folder, [torch.load(folder / f'{r}.pth', weights_only=False) for r in range(WORLD)]
+
+
+def result_of(found: tuple[Path, list[dict]], name: str) -> list[dict]:
+    results = [of_rank.get(name, 'an earlier case failed') for of_rank in found[1]]
+    assert not any(isinstance(result, str) for result in results), '\n'.join(map(str, results))
+    return results
+
+
+# -- What must hold --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('name', DDP_CASES)
+def test_ddp_takes_the_step_of_one_process(found, name):
+    options = dict(DDP_CASES[name])
+    dtype = options.pop('dtype', torch.float64)
+    expected = gradients_of(Toy(**options).to(dtype), batch(1, dtype))
+    tol = 1e-5 if dtype == torch.float32 else 1e-10
+    for result in result_of(found, f'DDP {name}'):
+        assert result.keys() == expected.keys()
+        for key, grad in expected.items():
+            error = (result[key] - grad).abs().max() / grad.abs().max().clamp(min=1)
+            assert error < tol, (key, error.item())
+
+
+@pytest.mark.parametrize('frozen_stages', range(-1, 5))
+def test_no_parameter_is_unused(frozen_stages):
+    """Of any model: find_unused_parameters has nothing to find."""
+    subsets = [s for k in range(1, 5) for s in itertools.combinations(range(4), k)]
+    assert len(subsets) == 15
+    whole = tuple(t[:1] for t in batch(0))
+    for out_indices in subsets:
+        model = Toy(out_indices=out_indices, frozen_stages=frozen_stages)
+        grads = gradients_of(model, whole)
+        unused = [name for name, grad in grads.items() if grad is None]
+        assert not unused, (out_indices, unused)
+
+
+def train_alone(**options: object) -> Toy:
+    """The same training in one process."""
+    model = Toy(**options)
+    weights = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.SGD(weights, lr=LEARNING_RATE, momentum=0.9)
+    for step in range(STEPS):
+        optimizer.zero_grad()
+        gradients_of(model, batch(step))
+        optimizer.step()
+    return model
+
+
+def assert_same_weights(checkpoint: Path, expected: nn.Module, start: nn.Module) -> None:
+    """A checkpoint of several processes loads into one, and holds the expected weights."""
+    saved = torch.load(checkpoint, weights_only=False)['state_dict']
+    start.load_state_dict(saved, strict=True)
+    for name, weight in expected.state_dict().items():
+        torch.testing.assert_close(
+            start.state_dict()[name], weight, rtol=1e-9, atol=1e-12, msg=name
+        )
+
+
+@needs_fsdp
+@pytest.mark.parametrize('name', FSDP_CASES)
+def test_fsdp_takes_the_steps_of_one_process(found, name):
+    options = FSDP_CASES[name]
+    kept = [result['numel'] for result in result_of(found, f'FSDP {name}')]
+    expected, start = train_alone(**options), Toy(**options)
+    whole = sum(p.numel() for p in start.parameters())
+    assert whole <= sum(kept) and max(kept) < 0.6 * whole, 'each process keeps its half'
+    checkpoint = found[0] / f'fsdp {name}' / f'iter_{STEPS}.pth'
+    assert_same_weights(checkpoint, expected, start)
+
+
+@needs_fsdp
+def test_fsdp_resumes(found):
+    result_of(found, 'FSDP first')
+    result_of(found, 'FSDP resumed')
+    assert_same_weights(found[0] / 'resumed' / f'iter_{STEPS}.pth', train_alone(), Toy())
