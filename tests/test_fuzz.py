@@ -35,7 +35,7 @@ PRECISIONS = {
     'autocast': torch.bfloat16,
 }
 EXACT = 1e-9  # of the largest value
-TIMES = 3  # the reference's own error
+TIMES = 6  # the reference's own error
 ROUNDINGS = 8  # of the largest value, beside that
 
 
@@ -149,7 +149,7 @@ def archs(draw: st.DrawFn) -> dict[str, tuple]:
     def per_stage(values: st.SearchStrategy) -> tuple:
         return draw(st.tuples(*[values] * STAGES))
 
-    heads = per_stage(st.sampled_from([1, 1, 2, 3]))
+    heads = per_stage(st.sampled_from([1, 1, 1, 2, 2, 3]))
     dims = tuple(h * d for h, d in zip(heads, per_stage(st.integers(2, 6)), strict=True))
     depths = per_stage(st.sampled_from([1, 2, 2, 3]))
     return dict(
@@ -167,7 +167,7 @@ def cases(draw: st.DrawFn) -> Case:
     without = ['no_grad', 'inference mode']
     grad = draw(st.sampled_from([*without, *without, 'recorded', 'weights', 'weights and images']))
     # Patches over the whole batch; the reference takes them one by one.
-    most = 50 if grad.startswith('weights') else 120
+    most = 20 if grad.startswith('weights') else 56
     height = draw(st.integers(1, 80))
     width = draw(st.integers(1, min(80, 4 * (most // math.ceil(height / 4)))))
     batch = draw(st.integers(1, min(3, most // (math.ceil(height / 4) * math.ceil(width / 4)))))
@@ -180,7 +180,7 @@ def cases(draw: st.DrawFn) -> Case:
         frozen_stages=draw(st.sampled_from([-1, -1, -1, 0, 1, 2, 3, 4])),
         with_cp=draw(st.booleans()),
         shape=(batch, height, width),
-        precision=draw(st.sampled_from(sorted(PRECISIONS))),
+        precision=draw(st.sampled_from(['float64', *PRECISIONS])),
         layout=draw(st.sampled_from(sorted(LAYOUTS))),
         channels_last_model=draw(st.booleans()),
         training=draw(st.booleans()),

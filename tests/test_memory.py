@@ -62,33 +62,37 @@ def alone(function: Callable, *args: object) -> object:
         return pool.apply(function, args)
 
 
-def assert_steady(after_some: Held, at_the_end: Held, passes: int) -> None:
-    """No growth of 5 % of memory, of no tensor, and of less than a Python object in ten passes."""
-    growth = at_the_end.resident / after_some.resident - 1
-    print(f'resident {after_some.resident / 2**20:.0f} MiB, {growth:+.2%} over {passes} passes')
-    print(f'tensors {after_some.tensors} then {at_the_end.tensors}')
-    print(f'Python blocks {after_some.blocks} then {at_the_end.blocks}')
-    assert growth < 0.05
-    assert at_the_end.tensors <= after_some.tensors
-    assert at_the_end.blocks - after_some.blocks < passes / 10
+def grown(early: Held, late: Held, passes: int) -> set[str]:
+    """What grew: memory by 5 %, tensors by one, Python's blocks by one in two passes."""
+    growth = late.resident / early.resident - 1
+    print(f'{passes} passes: resident {early.resident / 2**20:.0f} MiB and {growth:+.2%},')
+    print(f'tensors {early.tensors} then {late.tensors}, blocks {early.blocks} then {late.blocks}')
+    found = {
+        'resident': growth > 0.05,
+        'tensors': late.tensors > early.tensors,
+        'blocks': late.blocks - early.blocks > passes / 2,
+    }
+    return {what for what, is_so in found.items() if is_so}
 
 
-def leak_by_size(model: LaViT) -> None:
-    """Remember the last map for every size, as a cache without bound does."""
+def leak_maps(model: LaViT) -> None:
+    """Keep the maps of every size, as a cache without bound does."""
     cache = {}
     model.register_forward_hook(
-        lambda _, images, maps: cache.setdefault(images[0].shape, maps[-1]) and None
+        lambda _, images, maps: cache.update({tuple(images[0].shape): maps})
     )
 
 
-def leak_objects(model: LaViT) -> None:
-    """Remember every size and no tensor."""
+def leak_sizes(model: LaViT) -> None:
+    """Keep every size and no tensor."""
     seen = []
     model.register_forward_hook(lambda _, images, __: seen.append(tuple(images[0].shape)))
 
 
-def many_passes(passes: int, largest: int, leak: Callable | None = None) -> list[Held]:
-    """What is held after a tenth of the passes and at the end; no two images need be alike."""
+def many_passes(
+    early: int, late: int, largest: int, leak: Callable[[LaViT], None] | None = None
+) -> list[Held]:
+    """What is held after so many passes of images of any size up to ``largest``."""
     torch.manual_seed(0)
     model = LaViT('nano').eval()
     if leak is not None:
@@ -96,35 +100,35 @@ def many_passes(passes: int, largest: int, leak: Callable | None = None) -> list
     sizes = random.Random(0)
     held = []
     with torch.no_grad():
-        for i in range(1, passes + 1):
+        for i in range(1, late + 1):
             size = sizes.randint(1, largest), sizes.randint(1, largest)
             model(torch.randn(sizes.randint(1, 2), 3, *size))
-            if i in (passes // 10, passes):
+            if i in (early, late):
                 held.append(Held.now())
     return held
 
 
 @pytest.mark.slow
 def test_a_thousand_passes_over_changing_sizes_hold_on_to_nothing():
-    assert_steady(*alone(many_passes, 1000, 300), passes=900)
-
-
-@pytest.mark.parametrize('leak, caught', [(leak_by_size, 'tensors'), (leak_objects, 'blocks')])
-def test_a_leak_of_one_object_a_pass_is_caught(leak, caught):
-    few, many = alone(many_passes, 100, 40, leak)
-    assert getattr(many, caught) - getattr(few, caught) >= 80
-    with pytest.raises(AssertionError):
-        assert_steady(few, many, passes=90)
-    assert_steady(*alone(many_passes, 100, 40), passes=90)
+    # In the first hundred oneDNN fills its cache of 1024 primitives, one for each shape.
+    assert not grown(*alone(many_passes, 100, 1000, 200), passes=900)
 
 
 @pytest.mark.slow
 def test_a_leak_of_memory_is_caught():
-    """Seen by the resident size alone, as memory that C++ code keeps would be."""
-    few, many = alone(many_passes, 1000, 300, leak_by_size)
-    growth = many.resident / few.resident - 1
-    print(f'{growth:+.1%}')
-    assert growth > 0.05
+    assert 'resident' in grown(*alone(many_passes, 100, 300, 200, leak_maps), passes=200)
+
+
+def passes_with_leaks(leaks: list[Callable[[LaViT], None] | None]) -> list[list[Held]]:
+    return [many_passes(20, 100, 40, leak) for leak in leaks]
+
+
+def test_a_leak_of_an_object_in_each_pass_is_caught():
+    runs = alone(passes_with_leaks, [leak_maps, leak_sizes, None])
+    maps, sizes, nothing = (grown(*held, passes=80) for held in runs)
+    assert 'tensors' in maps
+    assert 'blocks' in sizes
+    assert not nothing & {'tensors', 'blocks'}
 
 
 # ---- Training ------------------------------------------------------------------------------------
@@ -188,11 +192,8 @@ def many_iterations(work_dir: str, iterations: int) -> list[Held]:
 @pytest.mark.slow
 def test_five_hundred_iterations_do_not_drift(tmp_path):
     early, late = alone(many_iterations, str(tmp_path), 500)
-    growth = late.resident / early.resident - 1
-    print(f'resident {early.resident / 2**20:.0f} MiB, {growth:+.2%} over 400 iterations')
-    print(early, late)
-    assert growth < 0.05
-    assert late.tensors <= early.tensors
+    # MMEngine's log buffers keep the losses of all iterations, so Python's blocks grow.
+    assert not grown(early, late, passes=400) & {'resident', 'tensors'}
 
 
 # ---- A large image -------------------------------------------------------------------------------
