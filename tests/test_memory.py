@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from mmlavit import DiagonalityLossHook, LaViT
+from mmlavit.compat import repair_torchvision
 
 GIB = 2**30
 STATUS = Path('/proc/self/status')
@@ -175,6 +176,7 @@ class Watch(Hook):
 
 def many_iterations(work_dir: str, iterations: int) -> list[Held]:
     """What is held early and late in a training with the diagonality loss, on changing sizes."""
+    repair_torchvision()  # which the runner's log of the environment imports
     watch = Watch()
     Runner(
         Regressor(),
