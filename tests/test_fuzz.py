@@ -167,10 +167,12 @@ def cases(draw: st.DrawFn) -> Case:
     without = ['no_grad', 'inference mode']
     grad = draw(st.sampled_from([*without, *without, 'recorded', 'weights', 'weights and images']))
     # Patches over the whole batch; the reference takes them one by one.
-    most = 20 if grad.startswith('weights') else 56
+    most = 14 if grad.startswith('weights') else 40
     height = draw(st.integers(1, 80))
-    width = draw(st.integers(1, min(80, 4 * (most // math.ceil(height / 4)))))
-    batch = draw(st.integers(1, min(3, most // (math.ceil(height / 4) * math.ceil(width / 4)))))
+    width = draw(st.integers(1, min(80, 4 * max(1, most // math.ceil(height / 4)))))
+    batch = draw(
+        st.integers(1, min(3, max(1, most // (math.ceil(height / 4) * math.ceil(width / 4)))))
+    )
     return Case(
         arch=draw(archs()),
         window_sizes=draw(window_chains()),
@@ -321,13 +323,19 @@ def fuzz(number: int, start: int, shrink: bool = True) -> Counter[str]:
         counts.update(case.kinds())
         check(case)
 
-    run()
+    # So small, tensors are faster on one thread, and the numbers do not depend on the machine.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        run()
+    finally:
+        torch.set_num_threads(threads)
     print(dict(counts))
     return counts
 
 
 def test_a_few_dozen_cases_are_the_reference():
-    counts = fuzz(36, start=0)
+    counts = fuzz(24, start=0)
     assert counts['padded'] and counts['less attention'] and counts['weights']
 
 
