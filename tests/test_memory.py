@@ -169,14 +169,15 @@ class Watch(Hook):
     def __init__(self) -> None:
         self.held: list[Held] = []
 
-    def after_train_iter(self, runner: Runner, batch_idx: int, *args: object) -> None:
+    def after_train_iter(self, runner: Runner, batch_idx: int, **_: object) -> None:
         if batch_idx + 1 in (runner.max_iters // 5, runner.max_iters):
             self.held.append(Held.now())
 
 
 def many_iterations(work_dir: str, iterations: int) -> list[Held]:
     """What is held early and late in a training with the diagonality loss, on changing sizes."""
-    repair_torchvision()  # which the runner's log of the environment imports
+    # The runner logs the version of torchvision, and so imports it.
+    repair_torchvision()
     watch = Watch()
     Runner(
         Regressor(),
