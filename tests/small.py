@@ -29,10 +29,15 @@ def small_lavit(seed: int = 0, scale: float = 0.1, **options: object) -> LaViT:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = LaViT(**{'arch': ARCH, 'drop_path_rate': 0.0, **options}).double().eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            noise = torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
-            parameter += scale * noise
+    return move_weights(model, generator, scale)
+
+
+@torch.no_grad()
+def move_weights(model: LaViT, generator: torch.Generator, scale: float = 0.1) -> LaViT:
+    """Add normal noise to every weight of ``model``, in place."""
+    for parameter in model.parameters():
+        noise = torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
+        parameter += scale * noise
     return model
 
 
