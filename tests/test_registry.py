@@ -127,6 +127,8 @@ assert ours == {
     ('hook', 'mmengine', 'DiagonalityLossHook'): mmlavit.DiagonalityLossHook,
     ('hook', 'mmengine', 'SafeCheckpointHook'): mmlavit.SafeCheckpointHook,
     ('hook', 'mmengine', 'StepSeedHook'): mmlavit.StepSeedHook,
+    ('strategy', 'mmengine', 'ResumableFSDPStrategy'): mmlavit.ResumableFSDPStrategy,
+    ('function', 'mmengine', 'wrap_lavit_blocks'): mmlavit.wrap_lavit_blocks,
 }, ours
 """,
         cwd=tmp_path,
