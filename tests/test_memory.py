@@ -112,7 +112,7 @@ def many_passes(
 @pytest.mark.slow
 def test_a_thousand_passes_over_changing_sizes_hold_on_to_nothing():
     # In the first hundred oneDNN fills its cache of 1024 primitives, one for each shape.
-    assert not grown(*alone(many_passes, 100, 1000, 200), passes=900)
+    assert not grown(*alone(many_passes, 100, 1000, 160), passes=900)
 
 
 @pytest.mark.slow
