@@ -111,8 +111,8 @@ def many_passes(
 
 @pytest.mark.slow
 def test_a_thousand_passes_over_changing_sizes_hold_on_to_nothing():
-    # In the first hundred oneDNN fills its cache of 1024 primitives, one for each shape.
-    assert not grown(*alone(many_passes, 100, 1000, 160), passes=900)
+    # In the first hundred oneDNN has made most of the kernels that it keeps, for new shapes.
+    assert not grown(*alone(many_passes, 100, 1000, 300), passes=900)
 
 
 @pytest.mark.slow
@@ -146,8 +146,9 @@ class Images(Dataset):
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         generator = torch.Generator().manual_seed(index)
-        # One size for a batch of two, another for the next.
-        sizes = random.Random(index // 2)
+        # One size for a batch of two, another for the next, 16 in all: oneDNN keeps kernels for
+        # every new shape, and for ever new ones that goes on for more than 500 iterations.
+        sizes = random.Random(index // 2 % 16)
         size = sizes.randint(1, 96), sizes.randint(1, 96)
         return dict(inputs=torch.randn(3, *size, generator=generator))
 
