@@ -14,6 +14,11 @@ repair_torchvision()
 ROOT = Path(__file__).resolve().parents[1]
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Long tests first, so that short ones are left to even out the processes that run them."""
+    items.sort(key=lambda item: item.get_closest_marker('slow') is None)
+
+
 @pytest.fixture(scope='session')
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A clean copy of what distributions are made of; build them in copies of it."""
