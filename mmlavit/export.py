@@ -134,7 +134,7 @@ def export_onnx(
     require_exporter()
     file = Path(file)
     _check(size, opset)
-    _check_free(file, force)
+    check_free(file, force)
     if sum(t.nbytes for t in model.state_dict().values()) > MAX_BYTES:
         raise ExportError('the weights do not fit a file of ONNX, which holds at most 2 GB')
     generator = torch.Generator().manual_seed(seed)
@@ -152,7 +152,7 @@ def export_onnx(
             program.save(made, external_data=False)
             differences = compare(model, made, shapes, generator)
             # Exporting takes minutes, in which a file may have come to be there.
-            _check_free(file, force)
+            check_free(file, force)
             os.replace(made, file)
     return differences
 
@@ -164,7 +164,17 @@ def _check(size: tuple[int, int], opset: int | None) -> None:
         raise ValueError(f'opset must be at least 18, which the exporter writes, got {opset}')
 
 
-def _check_free(file: Path, force: bool) -> None:
+def check_free(file: Path, force: bool) -> None:
+    """Make sure that a file may be written.
+
+    Args:
+        file: Where it goes.
+        force: Whether it may replace one that is there.
+
+    Raises:
+        FileExistsError: If the file is there and is not to be replaced.
+        FileNotFoundError: If its folder is not.
+    """
     if not file.parent.is_dir():
         raise FileNotFoundError(f'{file.parent} is no folder; make it, or write elsewhere')
     if file.is_dir():

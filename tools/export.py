@@ -40,10 +40,21 @@ def main() -> None:
     """Export and report."""
     args = parse_args()
     repair_torchvision()
-    from mmlavit.export import ExportError, build_model, export_onnx, require_exporter
+    from mmengine.logging import MMLogger
+
+    from mmlavit.export import (
+        ExportError,
+        build_model,
+        check_free,
+        export_onnx,
+        require_exporter,
+    )
     from mmlavit.launch import LaunchError
 
+    # Hundreds of lines say how each weight was initialized.
+    MMLogger.get_instance('mmengine', log_level='WARNING')
     try:
+        check_free(args.out, args.force)
         require_exporter()
         model = build_model(args.config, args.checkpoint, args.head)
         differences = export_onnx(
