@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import cv2
@@ -110,8 +111,11 @@ def test_the_demo_reaches_its_targets_and_resumes(tmp_path, task, after_a_checkp
     for name in ('configs', 'tools'):
         (tmp_path / name).symlink_to(REPOSITORY / name)
     command = [sys.executable, 'tools/demo.py', task]
+    # On all cores, unlike the tests.
+    env = {name: value for name, value in os.environ.items() if name != 'OMP_NUM_THREADS'}
+    run = partial(subprocess.run, command, cwd=tmp_path, env=env, capture_output=True, text=True)
     first = subprocess.Popen(
-        command, cwd=tmp_path, stdout=subprocess.PIPE, text=True, start_new_session=True
+        command, cwd=tmp_path, env=env, stdout=subprocess.PIPE, text=True, start_new_session=True
     )
     with first:
         for line in first.stdout:
@@ -119,7 +123,7 @@ def test_the_demo_reaches_its_targets_and_resumes(tmp_path, task, after_a_checkp
                 break
         # The training is a child of the demo; a power cut would take both.
         os.killpg(first.pid, signal.SIGKILL)
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    done = run()
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert 'going on from' in done.stdout
     metrics = json.loads(max((work_dir / 'test').glob('*/*.json')).read_text())
@@ -127,5 +131,5 @@ def test_the_demo_reaches_its_targets_and_resumes(tmp_path, task, after_a_checkp
         assert metrics[name] >= least, f'{name} = {metrics[name]}'
     for picture in ('curves.png', 'predictions.png'):
         assert cv2.imread(str(work_dir / picture)) is not None
-    again = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    again = run()
     assert 'finished before' in again.stdout
