@@ -42,6 +42,8 @@ myst_heading_anchors = 4  # with GitHub's names
 
 autodoc_default_options = {
     'members': True,
+    # What a package takes from its modules is described there alone.
+    'ignore-module-all': True,
     'member-order': 'bysource',
     'no-value': True,
     'show-inheritance': True,
