@@ -61,9 +61,6 @@ napoleon_use_rtype = False
 nitpicky = True
 nitpick_ignore_regex = [('py:.*', rf'(?!{PACKAGE}\.)\w+(\.\w+)+')]
 
-# `make linkcheck`: addresses to fill in, and pages that answer people alone.
-linkcheck_ignore = [r'https?://localhost.*']
-
 # The pages whose text is a file elsewhere; the site's own file only adds to it.
 BORROWED = {'index': 'README.md', 'configs': 'configs/README.md'}
 
@@ -130,7 +127,7 @@ def site_links(text: str, source: str, page: str) -> str:
         path = posixpath.relpath(f'docs/{borrowed[path]}' if path in borrowed else path, here)
         return f'{start}[{label}]({path}{"#" * bool(anchor)}{anchor})'
 
-    # Not in code: neither between ``` lines nor between backticks that are not a link's label.
+    # Not in blocks of code.
     parts = re.split(r'(^```.*?^```$)', text, flags=re.MULTILINE | re.DOTALL)
     link = re.compile(r'(?P<start>!?)\[(?P<label>[^\[\]]*)\]\((?P<target>[^()\s]+)\)')
     return ''.join(part if i % 2 else link.sub(lead, part) for i, part in enumerate(parts))
