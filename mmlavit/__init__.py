@@ -1,9 +1,11 @@
 """mmlavit: the Less-Attention Vision Transformer (LaViT) as a backbone for OpenMMLab.
 
-Importing this package registers :class:`LaViT`, :class:`DiagonalityLossHook`,
-:class:`SafeCheckpointHook`, :class:`StepSeedHook` and, where MMEngine has FSDP,
-:class:`ResumableFSDPStrategy` and :func:`wrap_lavit_blocks` in MMEngine, and lets configs inherit
-from ``mmlavit::...`` (and, where MMEngine knows mmseg by another name, from ``mmseg::...``).
+Importing this package registers :class:`~mmlavit.backbone.LaViT`,
+:class:`~mmlavit.diagonality.DiagonalityLossHook`,
+:class:`~mmlavit.safe_checkpoint.SafeCheckpointHook`, :class:`~mmlavit.step_seed.StepSeedHook` and,
+where MMEngine has FSDP, :class:`~mmlavit.fsdp.ResumableFSDPStrategy` and
+:func:`~mmlavit.fsdp.wrap_lavit_blocks` in MMEngine, and lets configs inherit from ``mmlavit::...``
+(and, where MMEngine knows mmseg by another name, from ``mmseg::...``).
 """
 
 from .compat import repair_config_bases, require_mmengine, serve_config_bases
