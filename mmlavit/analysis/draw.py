@@ -67,13 +67,18 @@ def draw_attention(
     if not image.is_file():
         raise FileNotFoundError(f'image not found: {image}')
     sheet, page = (out / f'{image.stem}{suffix}' for suffix in ('.png', '.html'))
+    if out.exists() and not out.is_dir():
+        raise FileExistsError(f'{out} is a file; name a folder to write to')
     if out.is_dir():
         check_free(sheet, force)
         check_free(page, force)
     device = _device(device)
     model, cfg = load_model(config, checkpoint)
     path, lavit = find_lavit(model)
-    chosen = check_stages([*stages] if stages is not None else None, len(lavit.stages))
+    count = len(lavit.stages)
+    if beyond := [m + 1 for m in stages or () if m >= count]:
+        raise ValueError(f'stage {beyond[0]} is not there: the LaViT of {config} has {count}')
+    chosen = check_stages(stages, count)
     given = load_image(cfg, model.to(device), image)
     height, width = given.picture.shape[:2]
     if points is None:

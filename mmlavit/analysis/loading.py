@@ -64,11 +64,13 @@ def load_model(config: str | Path, checkpoint: str | None) -> tuple[nn.Module, C
         cfg.model.setdefault('data_preprocessor', cfg.data_preprocessor)
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(0)
-        model = MODELS.build(cfg.model)
         try:
+            model = MODELS.build(cfg.model)
             path, lavit = find_lavit(model)
-        except ValueError as error:
-            raise AnalysisError(f'{config}: {error}') from error
+        except Exception as error:
+            # What is wrong with a config shows as almost any error.
+            reason = ' '.join(str(error).split()) or type(error).__name__
+            raise AnalysisError(f'{config}: {reason}') from error
         if checkpoint is None:
             model.init_weights()
     if checkpoint is not None:
