@@ -159,7 +159,14 @@ def run_toolbox(scope: str, config: Path, checkpoint: Path, image: Path) -> list
     return layers
 
 
-@pytest.mark.parametrize('scope', CONFIGS)
+@pytest.mark.parametrize(
+    'scope',
+    [
+        pytest.param('mmdet', marks=pytest.mark.slow),
+        pytest.param('mmseg', marks=pytest.mark.slow),
+        'mmpretrain',
+    ],
+)
 def test_draws_what_the_toolbox_computes(scope, image, main, tmp_path, capsys):
     config = CONFIGS[scope]
     cfg = Config.fromfile(config)
@@ -309,7 +316,7 @@ def expected_heat(layer: LayerAttention, maps: torch.Tensor, head: int | None, x
 POINTS = [(0, 0), (40, 25), (73, 51)]
 
 
-@pytest.mark.parametrize('heads', ['mean', 'each', 0])
+@pytest.mark.parametrize('heads', ['mean', pytest.param('each', marks=pytest.mark.slow), 0])
 def test_sheet_has_the_attention_of_each_query(layers, heads):
     figure = draw_sheet(PICTURE, layers, POINTS, heads, window_sizes=WINDOWS)
     drawn = [
