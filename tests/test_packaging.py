@@ -129,13 +129,14 @@ def test_each_extra_is_of_one_family(
     metadata: email.message.Message, requirements: list[Requirement]
 ) -> None:
     extras = metadata.get_all('Provides-Extra')
-    assert set(extras) == {'onedl', 'openmmlab', 'export', 'dev'}
+    assert set(extras) == {'onedl', 'openmmlab', 'export', 'analysis', 'dev'}
     families = {
         extra: {name for name in of_extra(requirements, extra) if name in PROVIDERS}
         for extra in extras
     }
     assert families == {'onedl': set(ONEDL), 'openmmlab': set(OPENMMLAB)} | {
         'export': set(),
+        'analysis': set(),
         'dev': set(),
     }
 
