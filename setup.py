@@ -55,13 +55,15 @@ EXPORT = ['onnx', 'onnxscript', 'onnxruntime']
 
 # What `make docs` makes the site with. Tried together: 9.0.4, 5.2.0, 2025.12.19.
 DOCS = ['sphinx', 'myst-parser', 'furo']
+# What tools/analysis draws with. Tried together: 3.11.2, 3.9.2.
+ANALYSIS = ['matplotlib', 'bokeh>=3.4']
 
 # What the tests, the checks and the demo of this repository run with, beside one of the two above.
 DEV = [
     *EXPORT,
     *DOCS,
+    *ANALYSIS,
     'hypothesis',
-    'matplotlib',
     'psutil',
     'pytest',
     'pytest-timeout',
@@ -121,6 +123,7 @@ setup(
         'openmmlab': OPENMMLAB,
         'export': EXPORT,
         'docs': DOCS,
+        'analysis': ANALYSIS,
         'dev': DEV,
     },
     cmdclass={'build_py': BuildWithConfigs},

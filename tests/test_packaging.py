@@ -129,7 +129,7 @@ def test_each_extra_is_of_one_family(
     metadata: email.message.Message, requirements: list[Requirement]
 ) -> None:
     extras = metadata.get_all('Provides-Extra')
-    assert set(extras) == {'onedl', 'openmmlab', 'export', 'docs', 'dev'}
+    assert set(extras) == {'onedl', 'openmmlab', 'export', 'docs', 'analysis', 'dev'}
     families = {
         extra: {name for name in of_extra(requirements, extra) if name in PROVIDERS}
         for extra in extras
@@ -137,6 +137,7 @@ def test_each_extra_is_of_one_family(
     assert families == {'onedl': set(ONEDL), 'openmmlab': set(OPENMMLAB)} | {
         'export': set(),
         'docs': set(),
+        'analysis': set(),
         'dev': set(),
     }
 
@@ -165,7 +166,7 @@ def content(wheel: Path) -> dict[str, bytes]:
 
 def test_wheel_holds_package_configs_and_tools_and_nothing_else(wheel: Path) -> None:
     expected = {str(file.relative_to(ROOT)): file for file in (ROOT / 'mmlavit').rglob('*.py')}
-    for pattern in ('configs/**/*.py', 'configs/**/*.yml', 'configs/**/*.md', 'tools/*.py'):
+    for pattern in ('configs/**/*.py', 'configs/**/*.yml', 'configs/**/*.md', 'tools/**/*.py'):
         for file in ROOT.glob(pattern):
             expected[f'mmlavit/.mim/{file.relative_to(ROOT)}'] = file
     for name in ('model-index.yml', 'README.md'):
