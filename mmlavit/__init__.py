@@ -1,15 +1,16 @@
 """mmlavit: the Less-Attention Vision Transformer (LaViT) as a backbone for OpenMMLab.
 
 Importing this package registers :class:`LaViT`, :class:`DiagonalityLossHook`,
-:class:`SafeCheckpointHook`, :class:`StepSeedHook`, :class:`ResumableFSDPStrategy` and
-:func:`wrap_lavit_blocks` in MMEngine, and lets configs inherit from ``mmlavit::...`` (and, where
-MMEngine knows mmseg by another name, from ``mmseg::...``).
+:class:`AttentionVisualizationHook`, :class:`SafeCheckpointHook`, :class:`StepSeedHook`,
+:class:`ResumableFSDPStrategy` and :func:`wrap_lavit_blocks` in MMEngine, and lets configs inherit
+from ``mmlavit::...`` (and, where MMEngine knows mmseg by another name, from ``mmseg::...``).
 """
 
 from .compat import repair_config_bases, require_mmengine, serve_config_bases
 
 require_mmengine()
 
+from .analysis.hook import AttentionVisualizationHook  # noqa: E402
 from .arch import ARCHS  # noqa: E402
 from .backbone import LaViT  # noqa: E402
 from .diagonality import DiagonalityLossHook, diagonality_preserving_loss  # noqa: E402
@@ -23,6 +24,7 @@ serve_config_bases()
 __version__ = '0.1.0'
 __all__ = [
     'ARCHS',
+    'AttentionVisualizationHook',
     'DiagonalityLossHook',
     'LaViT',
     'ResumableFSDPStrategy',

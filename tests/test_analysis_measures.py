@@ -46,7 +46,9 @@ def naive(name: str, a: Tensor, seen: Tensor) -> float:
         if keys:
             rows[i] = {j: float(a[i, j]) / total for j in keys}
     if name == 'diagonality':
-        own = [row[i] for i, row in rows.items()]
+        own = [
+            (row[i] - 1 / len(row)) / (1 - 1 / len(row)) for i, row in rows.items() if len(row) > 1
+        ]
         return sum(own) / len(own) if own else math.nan
     if name == 'symmetry':
         pairs = [(i, j) for i in rows for j in rows[i] if i != j]
@@ -75,7 +77,7 @@ def test_a_measure_is_that_of_loops_over_numbers(measure, masked):
     found = measure(a, visible)
     torch.testing.assert_close(found, torch.tensor(expected).double(), equal_nan=True)
     # The cases that are not defined are there, or nothing was tried.
-    assert bool(found.isnan().any()) == (masked and measure is not diagonality)
+    assert bool(found.isnan().any()) == masked
 
 
 @pytest.mark.parametrize('measure', ONE_MAP)
@@ -92,9 +94,9 @@ def test_pairs_that_do_not_count_never_matter(measure):
     ('matrix', 'expected'),
     [
         ('identity', (1, 1, 0)),
-        ('uniform', (1 / 8, 1, 1)),
-        ('next', (0, 0, 0)),
-        ('mutual', (0, 1, 0)),
+        ('uniform', (0, 1, 1)),
+        ('next', (-1 / 7, 0, 0)),
+        ('mutual', (-1 / 7, 1, 0)),
     ],
 )
 def test_measures_of_maps_that_one_knows(matrix, expected):
@@ -110,12 +112,13 @@ def test_measures_of_maps_that_one_knows(matrix, expected):
         torch.testing.assert_close(measure(a), torch.full((2, 3), float(value)).double())
 
 
-def test_entropy_is_relative_to_the_keys_that_are_seen():
+def test_entropy_and_diagonality_are_relative_to_the_keys_that_are_seen():
     visible = some_visible()
     even = visible.double().unsqueeze(1) + 1e-300
-    found = entropy(even, visible)
-    assert found.isnan()[0].all()
-    torch.testing.assert_close(found[1:], torch.ones(4, 1).double())
+    for measure, expected in ((entropy, 1.0), (diagonality, 0.0)):
+        found = measure(even, visible)
+        assert found.isnan()[0].all()
+        torch.testing.assert_close(found[1:], torch.full((4, 1), expected).double())
 
 
 def test_maps_that_are_not_square_have_an_entropy_alone():

@@ -39,18 +39,20 @@ def visible_attention(attn: Tensor, visible: Tensor | None = None) -> Tensor:
 
 
 def diagonality(attn: Tensor, visible: Tensor | None = None) -> Tensor:
-    """The share of its attention that a query pays to its own place, ``mean_i A_ii``.
+    """How much more a query attends to its own place than evenly: ``(A_ii - 1/k) / (1 - 1/k)``.
 
-    It is 0 where nobody looks at itself, 1 where everybody looks at nothing else, and 1 / n for
-    attention that is even over n keys. It is what the diagonality preserving loss (paper, equation
-    9) keeps up, in units of attention instead of scores.
+    With ``k`` the number of keys that query i sees. It is 1 where everybody looks at nothing but
+    itself, 0 for attention that is even, and ``-1 / (k - 1)`` where nobody looks at itself, whatever
+    the size of the windows. It is what the diagonality preserving loss (paper, equation 9) keeps
+    up, in units of attention instead of scores.
 
     Args:
         attn: Attention (maps, heads, n, n).
         visible: Bool mask (maps, n, n) of the pairs that count; None for all.
 
     Returns:
-        Tensor (maps, heads) in [0, 1], the mean over the queries that see themselves.
+        Tensor (maps, heads) in [-1, 1], the mean over the queries that see more than one key; NaN
+        where there is none.
 
     Raises:
         TypeError: As :func:`visible_attention`.
@@ -58,10 +60,9 @@ def diagonality(attn: Tensor, visible: Tensor | None = None) -> Tensor:
     """
     _check_square(attn)
     own = visible_attention(attn, visible).diagonal(dim1=-2, dim2=-1)
-    if visible is None:
-        return own.mean(dim=-1)
-    real = visible.diagonal(dim1=-2, dim2=-1)
-    return own.mul(real.unsqueeze(1)).sum(dim=-1) / real.sum(dim=-1, keepdim=True)
+    choice, count = _choices(attn, visible)
+    above = (own - 1 / count) / (1 - 1 / count)
+    return above.mul(choice).sum(dim=-1) / choice.sum(dim=-1)
 
 
 def symmetry(attn: Tensor, visible: Tensor | None = None) -> Tensor:
@@ -116,14 +117,8 @@ def entropy(attn: Tensor, visible: Tensor | None = None) -> Tensor:
     """
     a = visible_attention(attn, visible)
     bits = torch.special.entr(a).sum(dim=-1)
-    if visible is None:
-        count = torch.full((1, attn.shape[-2]), attn.shape[-1], device=attn.device)
-    else:
-        count = visible.sum(dim=-1)
-    choice = (count > 1).unsqueeze(1)
-    # A query with a single key has no entropy to speak of, and log(1) = 0 below the line.
-    relative = bits / count.clamp(min=2).to(a.dtype).log().unsqueeze(1)
-    return relative.mul(choice).sum(dim=-1) / choice.sum(dim=-1)
+    choice, count = _choices(attn, visible)
+    return (bits / count.log()).mul(choice).sum(dim=-1) / choice.sum(dim=-1)
 
 
 def cosine_similarity(a: Tensor, b: Tensor, visible: Tensor | None = None) -> Tensor:
@@ -148,7 +143,8 @@ def cosine_similarity(a: Tensor, b: Tensor, visible: Tensor | None = None) -> Te
     if a.shape != b.shape:
         raise ValueError(f'a and b must have one shape, got {tuple(a.shape)} and {tuple(b.shape)}')
     a, b = visible_attention(a, visible).flatten(2), visible_attention(b, visible).flatten(2)
-    return (a * b).sum(dim=-1) / (a.norm(dim=-1) * b.norm(dim=-1))
+    cosine = (a * b).sum(dim=-1) / (a.norm(dim=-1) * b.norm(dim=-1))
+    return cosine.clamp(max=1)  # but for rounding
 
 
 def centred_gram(x: Tensor) -> Tensor:
@@ -235,6 +231,17 @@ def alignment(cross: Tensor, own_x: Tensor, own_y: Tensor) -> Tensor:
     """``HSIC(X, Y) / sqrt(HSIC(X, X) HSIC(Y, Y))``; NaN where a layer does not vary."""
     scale = own_x.clamp(min=0).sqrt() * own_y.clamp(min=0).sqrt()
     return (cross / scale).masked_fill(scale == 0, torch.nan)
+
+
+def _choices(attn: Tensor, visible: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Which queries see more than one key, and how many keys these see, (maps or 1, 1, n)."""
+    if visible is None:
+        count = torch.full((1, 1, attn.shape[-2]), attn.shape[-1], device=attn.device)
+    else:
+        count = visible.sum(dim=-1).unsqueeze(1)
+    dtype = torch.float64 if attn.dtype == torch.float64 else torch.float32
+    # With one key there is no more and no less, and 0 below the line: those are left out.
+    return count > 1, count.clamp(min=2).to(dtype)
 
 
 def _check(attn: Tensor, visible: Tensor | None) -> None:
