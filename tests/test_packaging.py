@@ -164,7 +164,7 @@ def content(wheel: Path) -> dict[str, bytes]:
 
 def test_wheel_holds_package_configs_and_tools_and_nothing_else(wheel: Path) -> None:
     expected = {str(file.relative_to(ROOT)): file for file in (ROOT / 'mmlavit').rglob('*.py')}
-    for pattern in ('configs/**/*.py', 'configs/**/*.yml', 'configs/**/*.md', 'tools/*.py'):
+    for pattern in ('configs/**/*.py', 'configs/**/*.yml', 'configs/**/*.md', 'tools/**/*.py'):
         for file in ROOT.glob(pattern):
             expected[f'mmlavit/.mim/{file.relative_to(ROOT)}'] = file
     for name in ('model-index.yml', 'README.md'):

@@ -41,7 +41,7 @@ class AttentionVisualizationHook(Hook):
     minutes or more on a CPU of ours; most of a call is drawing. matplotlib has to be installed.
 
     Args:
-        interval: Iterations between two logs. Defaults to 500.
+        interval: Iterations between two logs. Defaults to 1000.
         images: How many images of the batch to run, at most. Defaults to 4.
 
     Raises:
@@ -54,7 +54,7 @@ class AttentionVisualizationHook(Hook):
     # After the hooks that change the model, such as EMA.
     priority = 'VERY_LOW'
 
-    def __init__(self, interval: int = 500, images: int = 4) -> None:
+    def __init__(self, interval: int = 1000, images: int = 4) -> None:
         for name, value in (('interval', interval), ('images', images)):
             if not isinstance(value, int) or isinstance(value, bool):
                 raise TypeError(f'{name} must be an integer, got {value!r}')

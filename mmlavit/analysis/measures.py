@@ -41,10 +41,10 @@ def visible_attention(attn: Tensor, visible: Tensor | None = None) -> Tensor:
 def diagonality(attn: Tensor, visible: Tensor | None = None) -> Tensor:
     """How much more a query attends to its own place than evenly: ``(A_ii - 1/k) / (1 - 1/k)``.
 
-    With ``k`` the number of keys that query i sees. It is 1 where everybody looks at nothing but
-    itself, 0 for attention that is even, and ``-1 / (k - 1)`` where nobody looks at itself, whatever
-    the size of the windows. It is what the diagonality preserving loss (paper, equation 9) keeps
-    up, in units of attention instead of scores.
+    With ``k`` the number of keys that query i sees. Whatever the size of the windows, it is 1 where
+    everybody looks at nothing but itself, 0 for attention that is even, and ``-1 / (k - 1)`` where
+    nobody looks at itself. It is what the diagonality preserving loss (paper, equation 9) keeps up,
+    in units of attention instead of scores.
 
     Args:
         attn: Attention (maps, heads, n, n).

@@ -30,6 +30,9 @@ _PANELS = {
     'symmetry': 'symmetry (1: all is mutual)',
     'entropy': 'entropy (1: even, 0: one key)',
 }
+_SIMILARITIES = (('cosine', 'cosine', 'viridis'), ('cka', 'CKA', 'magma'))
+# Inches.
+_WIDTH, _CURVES_HEIGHT, _ROW_HEIGHT = 13, 6.2, 2.05
 # What a reader has to know, by the kinds of layers that it is about; None for any.
 _NOTES = {
     None: 'Maps that are nearly even have a cosine near 1 whatever they tell.',
@@ -55,10 +58,10 @@ def draw(models: Models, title: str = '') -> Figure:
     Returns:
         The figure; it belongs to no window.
     """
-    heights = [6.2, _heat_map_height(models)]
-    figure = Figure(figsize=(13, sum(heights) + 0.4), layout='constrained')
-    figure.suptitle(title, fontsize=13)
-    top, bottom = figure.subfigures(2, 1, height_ratios=heights)
+    heights = [0.35, _CURVES_HEIGHT, _heat_map_height(models)]
+    figure = Figure(figsize=(_WIDTH, sum(heights)))
+    head, top, bottom = figure.subfigures(3, 1, height_ratios=heights)
+    head.text(0.5, 0.4, title, fontsize=13, ha='center', va='center')
     draw_curves(models, top)
     draw_heat_maps(models, bottom)
     return figure
@@ -74,8 +77,10 @@ def draw_curves(models: Models, figure: Figure | SubFigure | None = None) -> Fig
     Returns:
         The figure.
     """
-    figure = figure or Figure(figsize=(13, 6.2), layout='constrained')
+    figure = figure or Figure(figsize=(_WIDTH, _CURVES_HEIGHT))
     panels = figure.subplots(2, 3).ravel()
+    # By hand: matplotlib's own layouts take as long as drawing does.
+    figure.subplots_adjust(0.035, 0.05, 0.99, 0.94, wspace=0.13, hspace=0.25)
     stages = 1 + max(layer.stage for layers in models.values() for layer in layers)
     for panel, (measure, title) in zip(panels, _PANELS.items(), strict=False):
         for place, layers in enumerate(models.values()):
@@ -143,7 +148,7 @@ def _legend(panel: Axes, models: Models) -> None:
 
 
 def _heat_map_height(models: Models) -> float:
-    return 2.05 * len(models)
+    return _ROW_HEIGHT * len(models) + 0.1
 
 
 def draw_heat_maps(models: Models, figure: Figure | SubFigure | None = None) -> Figure | SubFigure:
@@ -156,25 +161,32 @@ def draw_heat_maps(models: Models, figure: Figure | SubFigure | None = None) -> 
     Returns:
         The figure.
     """
-    figure = figure or Figure(figsize=(13, _heat_map_height(models)), layout='constrained')
+    height = _heat_map_height(models)
+    figure = figure or Figure(figsize=(_WIDTH, height))
     stages = 1 + max(layer.stage for layers in models.values() for layer in layers)
-    rows = np.atleast_1d(figure.subfigures(len(models), 1))
-    for row, (name, layers) in zip(rows, models.items(), strict=True):
-        row.suptitle(name, fontsize=10, x=0.005, ha='left', weight='bold')
-        halves = row.subfigures(1, 2)
-        for half, similarity, colors in zip(
-            halves, ('cosine', 'cka'), ('viridis', 'magma'), strict=True
-        ):
-            panels = half.subplots(1, stages, squeeze=False)[0]
-            for stage, panel in enumerate(panels):
+    columns = figure.add_gridspec(
+        *(len(models), 2 * stages + 3),
+        width_ratios=[*stages * [1], 0.07, 0.12, *stages * [1], 0.07],
+        **dict(left=0.035, right=0.975, wspace=0.4),
+        **dict(bottom=0.4 / height, top=1 - 0.6 / height, hspace=0.95),
+    )
+    for row, (name, layers) in enumerate(models.items()):
+        for first, (similarity, title, colors) in zip((0, stages + 2), _SIMILARITIES, strict=True):
+            for stage in sorted({layer.stage for layer in layers}):
+                panel = figure.add_subplot(columns[row, first + stage])
                 own = [layer for layer in layers if layer.stage == stage]
-                if not own:
-                    panel.axis('off')
-                    continue
                 image = _heat_map(panel, own, similarity, colors)
-                title = {'cosine': 'cosine', 'cka': 'CKA'}[similarity]
                 panel.set_title(f'{title}, stage {stage + 1}', fontsize=9)
-            half.colorbar(image, ax=panels, shrink=0.75, pad=0.02)
+                if not first and not stage:
+                    panel.annotate(
+                        *(name, (0, 1)),
+                        xytext=(-24, 24),
+                        xycoords='axes fraction',
+                        textcoords='offset points',
+                        weight='bold',
+                    )
+            bar = figure.add_subplot(columns[row, first + stages])
+            figure.colorbar(image, cax=bar).ax.tick_params(labelsize=8)
     return figure
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from .loading import AnalysisError, load_backbone, load_images
+from .backbones import AnalysisError, load_backbone, load_images
 from .peers import recording_any
 from .saturation import MEASURES, SIMILARITIES, LayerNumbers, SaturationMeter
 
@@ -21,7 +21,7 @@ class Model:
 
     Args:
         name: What to call it.
-        config: Its config, see :func:`mmlavit.analysis.loading.read_config`.
+        config: Its config, see :func:`mmlavit.analysis.backbones.read_config`.
         checkpoint: Its weights; None for random ones.
     """
 

@@ -68,7 +68,7 @@ def main() -> None:
     repair_torchvision()
     from mmengine.logging import MMLogger
 
-    from mmlavit.analysis.loading import AnalysisError
+    from mmlavit.analysis.backbones import AnalysisError
     from mmlavit.analysis.saturation_run import Model, compare, write
     from mmlavit.launch import LaunchError
 
