@@ -46,11 +46,14 @@ OPENMMLAB = [
 # What tools/export.py needs; torch from 2.6 on. Tried together: 1.23.2, 0.7.2, 1.31.1.
 EXPORT = ['onnx', 'onnxscript', 'onnxruntime']
 
+# What tools/analysis draws with. Tried together: 3.11.2, 3.9.2.
+ANALYSIS = ['matplotlib', 'bokeh>=3.4']
+
 # What the tests, the checks and the demo of this repository run with, beside one of the two above.
 DEV = [
     *EXPORT,
+    *ANALYSIS,
     'hypothesis',
-    'matplotlib',
     'psutil',
     'pytest',
     'pytest-timeout',
@@ -105,7 +108,13 @@ setup(
     python_requires='>=3.10',
     packages=find_packages(include=['mmlavit', 'mmlavit.*']),
     install_requires=['torch>=2.1', 'numpy'],
-    extras_require={'onedl': ONEDL, 'openmmlab': OPENMMLAB, 'export': EXPORT, 'dev': DEV},
+    extras_require={
+        'onedl': ONEDL,
+        'openmmlab': OPENMMLAB,
+        'export': EXPORT,
+        'analysis': ANALYSIS,
+        'dev': DEV,
+    },
     cmdclass={'build_py': BuildWithConfigs},
     zip_safe=False,
 )
