@@ -150,6 +150,7 @@ def test_draws_a_picture(measured):
         ([CONFIG, '--model', 'lavit_n_shapes', CONFIG], 'must have different names'),
         ([CONFIG, '--device', 'abacus'], "--device: cannot use 'abacus'"),
         (['nodata.py'], 'no/where'),
+        ([CONFIG, '--out', 'swin.py'], 'swin.py is a file; name a folder'),
     ],
     ids=lambda value: '' if isinstance(value, str) else ' '.join(Path(str(a)).name for a in value),
 )
@@ -164,7 +165,7 @@ def test_says_in_a_line_what_is_wrong(args, message, project, monkeypatch, capsy
         (project / name).write_text(base + text + '\n')
     (project / 'empty.py').write_text("default_scope = 'mmpretrain'\nmodel = dict()\n")
     with pytest.raises(SystemExit) as stop:
-        run(monkeypatch, project, *args, '--out', project / 'none', '--images', 2)
+        run(monkeypatch, project, '--out', project / 'none', *args, '--images', 2)
     assert stop.value.code == 2
     line = the_one_line(capsys.readouterr().err)
     assert line.startswith('mmlavit: ') and message in line
@@ -186,6 +187,19 @@ def test_refuses_a_command_line_that_is_wrong(args, message, project, monkeypatc
         run(monkeypatch, project, *args)
     assert stop.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_replaces_files_only_when_forced_to(measured, project, monkeypatch, capsys):
+    with pytest.raises(SystemExit):
+        run(monkeypatch, project, CONFIG)
+    line = the_one_line(capsys.readouterr().err)
+    assert line == (
+        'mmlavit: saturation/saturation.png is there already; name another folder, or use --force'
+    )
+    (project / 'copy').mkdir()
+    (project / 'copy' / 'saturation.csv').write_text('old')
+    run(monkeypatch, project, CONFIG, '--out', 'copy', '--force', '--images', 1)
+    assert (project / 'copy' / 'saturation.csv').read_text().startswith('model,')
 
 
 @pytest.mark.slow

@@ -16,13 +16,10 @@ from ..checkpoint import strip_prefix
 from ..checkpoint_file import read_weights
 from ..data_checks import refuse_empty_data
 from ..launch import read_scope, require_package
+from .loading import AnalysisError
 
 # mmpretrain's models add the type themselves.
 _PREPROCESSORS = {'mmpretrain': 'ClsDataPreprocessor'}
-
-
-class AnalysisError(Exception):
-    """What keeps a model or its data from being analysed; its text is one line for the user."""
 
 
 def read_config(name: str) -> tuple[Config, str]:

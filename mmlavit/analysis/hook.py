@@ -74,7 +74,7 @@ class AttentionVisualizationHook(Hook):
         except ImportError as error:
             raise ImportError(
                 'AttentionVisualizationHook draws with matplotlib, which is not installed; '
-                'pip install matplotlib'
+                "pip install 'mmlavit[analysis]' brings it"
             ) from error
         self._backbone = backbone if is_main_process() else None
 

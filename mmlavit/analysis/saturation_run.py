@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import importlib.util
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -10,7 +11,8 @@ from pathlib import Path
 
 import torch
 
-from .backbones import AnalysisError, load_backbone, load_images
+from .backbones import load_backbone, load_images
+from .loading import AnalysisError
 from .peers import recording_any
 from .saturation import MEASURES, SIMILARITIES, LayerNumbers, SaturationMeter
 
@@ -82,7 +84,7 @@ def compare(
     for image in load_images(models[0].config, images):
         for model, backbone, meter in zip(models, backbones, meters, strict=True):
             try:
-                with recording_any(backbone, meter.see, device=None), torch.inference_mode():
+                with recording_any(backbone, meter.see, device=None), torch.no_grad():
                     backbone(image.to(device))
             except ValueError as error:
                 raise AnalysisError(f'{model.config}: {error}') from error
@@ -94,23 +96,44 @@ def compare(
     ]
 
 
-def write(measured: Sequence[Measured], out: Path) -> list[Path]:
+def output_files(out: Path, force: bool = False) -> list[Path]:
+    """The files to write, after a look whether they can be: measuring takes time.
+
+    Args:
+        out: A folder; it need not be there.
+        force: Whether files that are there may be replaced.
+
+    Returns:
+        saturation.png, saturation.csv and saturation.json in that folder.
+
+    Raises:
+        AnalysisError: If matplotlib is not installed.
+        OSError: If ``out`` is a file, or a file is there and is not to be replaced.
+    """
+    if importlib.util.find_spec('matplotlib') is None:
+        raise AnalysisError("matplotlib not installed; pip install 'mmlavit[analysis]' brings it")
+    if out.exists() and not out.is_dir():
+        raise NotADirectoryError(f'{out} is a file; name a folder to write to')
+    files = [out / f'saturation.{suffix}' for suffix in ('png', 'csv', 'json')]
+    for file in files:
+        if file.exists() and not force:
+            raise FileExistsError(f'{file} is there already; name another folder, or use --force')
+    return files
+
+
+def write(measured: Sequence[Measured], files: Sequence[Path]) -> None:
     """Write the figure and the numbers.
 
     Args:
         measured: What was measured.
-        out: A folder; it is made if it is not there, and files in it are replaced.
-
-    Returns:
-        The files: saturation.png, saturation.csv, saturation.json.
+        files: Where to: a PNG, a CSV and a JSON file. Their folder is made if it is not there.
 
     Raises:
         OSError: If they cannot be written.
     """
     from .saturation_figures import draw
 
-    out.mkdir(parents=True, exist_ok=True)
-    files = [out / f'saturation.{suffix}' for suffix in ('png', 'csv', 'json')]
+    files[0].parent.mkdir(parents=True, exist_ok=True)
     images = measured[0].images
     title = f'Attention of each layer, mean of {images} image{"s" if images > 1 else ""}'
     draw({label(m): m.layers for m in measured}, title).savefig(files[0], dpi=110)
@@ -126,7 +149,6 @@ def write(measured: Sequence[Measured], out: Path) -> list[Path]:
                 texts = ['' if value is None else f'{value:.6g}' for value in values]
                 writer.writerow([m.model.name, m.weights, *place, *texts])
     files[2].write_text(json.dumps([_plain(m) for m in measured], indent=1), encoding='utf-8')
-    return files
 
 
 def label(measured: Measured) -> str:

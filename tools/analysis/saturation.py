@@ -53,6 +53,7 @@ def parse_args() -> argparse.Namespace:
     add('--out', type=Path, default=Path('saturation'), help='folder (default: saturation)')
     add('--seed', type=int, default=0, help='of random weights (default: 0)')
     add('--device', default='cpu', help='where the backbones run (default: cpu)')
+    add('--force', action='store_true', help='replace files that are there')
     args = parser.parse_args()
     if args.images < 1:
         parser.error(f'argument --images: must be at least 1, got {args.images}')
@@ -68,8 +69,8 @@ def main() -> None:
     repair_torchvision()
     from mmengine.logging import MMLogger
 
-    from mmlavit.analysis.backbones import AnalysisError
-    from mmlavit.analysis.saturation_run import Model, compare, write
+    from mmlavit.analysis.loading import AnalysisError
+    from mmlavit.analysis.saturation_run import Model, compare, output_files, write
     from mmlavit.launch import LaunchError
 
     # Hundreds of lines say how each weight was initialized.
@@ -77,8 +78,9 @@ def main() -> None:
     models = [Model(args.name or Path(args.config).stem, args.config, args.checkpoint)]
     models += [Model(*model) for model in args.model]
     try:
+        files = output_files(args.out, args.force)
         measured = compare(models, args.images, seed=args.seed, device=args.device)
-        files = write(measured, args.out)
+        write(measured, files)
     except (AnalysisError, LaunchError, OSError, ValueError) as error:
         print(f'mmlavit: {error}', file=sys.stderr)
         sys.exit(2)
