@@ -247,14 +247,17 @@ def test_numbers_of_a_lavit_are_means_over_images_of_what_real_tokens_attend_to(
 
 
 def rows_of(layer: LayerAttention, image: int) -> Tensor:
-    """What each real token attends to, (tokens, heads * n)."""
+    """What each real token attends to, above even attention, (tokens, heads * n)."""
     grid = layer.grid
     rows = {}
     windows = reference.windows_of(grid.height, grid.width, grid.window)
     for index, window in enumerate(windows):
-        for token in reference.real_tokens(window, grid.height, grid.width, grid.window):
-            place = reference.place(token, grid.window)
-            rows[token] = layer.attn[image, index, :, place].flatten()
+        tokens = reference.real_tokens(window, grid.height, grid.width, grid.window)
+        places = [reference.place(token, grid.window) for token in tokens]
+        for token, place in zip(tokens, places, strict=True):
+            row = torch.zeros(layer.attn.shape[2], grid.window**2)
+            row[:, places] = layer.attn[image, index, :, place][:, places] - 1 / len(places)
+            rows[token] = row.flatten()
     return torch.stack([rows[token] for token in sorted(rows)])
 
 

@@ -10,12 +10,14 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from mmengine.model import BaseModel, MMDistributedDataParallel
 from mmengine.registry import HOOKS, MODEL_WRAPPERS, DefaultScope
@@ -27,6 +29,7 @@ from torch.utils.data import DataLoader
 from mmlavit import AttentionVisualizationHook, LaViT
 from mmlavit.analysis.measures import symmetry
 from mmlavit.analysis.record import recording
+from mmlavit.compat import repair_torchvision
 
 SIZE = 64
 STEPS = 6
@@ -258,12 +261,13 @@ def test_says_what_to_install_without_matplotlib(monkeypatch):
 
 def train_in_one_of_two(rank: int, folder: Path, port: int) -> None:
     """Train with the hook and without; leave both weights in a file."""
+    repair_torchvision()  # MMEngine's log of the environment imports it
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE='2')
     os.environ.update(MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port))
+    dist.init_process_group('gloo', rank=rank, world_size=2, timeout=timedelta(seconds=300))
     settings = dict(
         launcher='pytorch',
-        env_cfg=dict(dist_cfg=dict(backend='gloo')),
         train_dataloader=dict(
             batch_size=2,
             num_workers=0,
@@ -278,6 +282,7 @@ def train_in_one_of_two(rank: int, folder: Path, port: int) -> None:
         assert isinstance(runner.model, MMDistributedDataParallel)
         found.append(runner.model.module.state_dict())
     torch.save(found, folder / f'{rank}.pth')
+    dist.destroy_process_group()
 
 
 @pytest.mark.slow

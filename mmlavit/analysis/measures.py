@@ -209,8 +209,8 @@ def cka(x: Tensor, y: Tensor) -> Tensor:
     order; their number may differ.
 
     For attention, here, an example is a query (a token of an image), and its features are what it
-    pays to each key of its window in every head. So heads need not correspond, and neither do the
-    windows of the two layers.
+    pays to each key of its window in every head, above even attention. So heads need not
+    correspond, and neither do the windows of the two layers.
 
     Args:
         x: (examples, features) of one layer.

@@ -75,7 +75,8 @@ class SaturationMeter:
         meter.numbers()
 
     Each image counts alike. A measure of an image is the mean over its windows and heads; CKA is
-    the ratio of HSICs that are averaged over images, of ``queries`` tokens of each.
+    the ratio of HSICs that are averaged over images, of ``queries`` tokens of each, whose features
+    are the attention that they pay to each key in each head, less that of even attention.
 
     Args:
         queries: Tokens of an image that CKA compares, or all of them where there are fewer.
@@ -219,12 +220,16 @@ def _spread(count: int, most: int) -> Tensor:
 
 
 def _rows(layer: LayerAttention, image: int, tokens: Tensor) -> Tensor:
-    """What tokens of an image attend to, (tokens, heads * m)."""
+    """What tokens of an image attend to, above even attention, (tokens, heads * m).
+
+    Even attention has no say, so that it is not taken for a likeness of two layers that windows at
+    the edges of the map have fewer keys in both.
+    """
     if layer.grid is None:
-        windows, places = torch.zeros_like(tokens), tokens
-        visible = None
+        windows, places, visible = torch.zeros_like(tokens), tokens, None
     else:
         windows, places = home_of(layer.grid, tokens)
         visible = _visible(layer)[windows, places].unsqueeze(1)
     rows = layer.attn[image][windows, :, places].unsqueeze(2)
-    return visible_attention(rows, visible).flatten(1)
+    above = visible_attention(rows, visible) - visible_attention(torch.ones_like(rows), visible)
+    return above.flatten(1)

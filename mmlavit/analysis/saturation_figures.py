@@ -36,14 +36,14 @@ _WIDTH, _CURVES_HEIGHT, _ROW_HEIGHT = 13, 6.2, 2.05
 # What a reader has to know, by the kinds of layers that it is about; None for any.
 _NOTES = {
     None: 'Maps that are nearly even have a cosine near 1 whatever they tell.',
-    'vanilla': 'LA starts as a copy: with random weights its similarity is 1 by construction.',
+    'less': 'LA starts as a copy: with random weights its similarity is 1.',
     'shifted': (
-        'Swin: cosine of W and SW is over pairs that share a window in both;\n'
-        'heads of different layers do not correspond (the cosine is a low estimate).'
+        'Swin: the cosine of W and SW is over pairs in a window of both.\n'
+        'Its heads do not correspond across layers, so cosines are low.'
     ),
     'reduced': (
-        'PVT: heads as in Swin; maps of many tokens and few keys have no diagonal,\n'
-        'so there is no diagonality and no symmetry where keys are merged.'
+        'PVT: heads as in Swin; maps that are not square (merged keys)\n'
+        'have no diagonality and no symmetry.'
     ),
 }
 
@@ -80,7 +80,7 @@ def draw_curves(models: Models, figure: Figure | SubFigure | None = None) -> Fig
     figure = figure or Figure(figsize=(_WIDTH, _CURVES_HEIGHT))
     panels = figure.subplots(2, 3).ravel()
     # By hand: matplotlib's own layouts take as long as drawing does.
-    figure.subplots_adjust(0.035, 0.05, 0.99, 0.94, wspace=0.13, hspace=0.25)
+    figure.subplots_adjust(0.035, 0.05, 0.99, 0.94, wspace=0.17, hspace=0.25)
     stages = 1 + max(layer.stage for layers in models.values() for layer in layers)
     for panel, (measure, title) in zip(panels, _PANELS.items(), strict=False):
         for place, layers in enumerate(models.values()):
@@ -142,9 +142,9 @@ def _legend(panel: Axes, models: Models) -> None:
         for kind, (_, name, _, _) in KINDS.items()
         if kind in used
     ]
-    panel.legend(handles=lines + marks, loc='upper left', frameon=False, fontsize=10)
+    panel.legend(handles=lines + marks, loc=(-0.02, 0.36), frameon=False, fontsize=9.5)
     notes = '\n'.join(note for kind, note in _NOTES.items() if kind is None or kind in used)
-    panel.text(0.02, 0, notes, transform=panel.transAxes, fontsize=7.5, color='0.35')
+    panel.text(-0.02, 0, notes, transform=panel.transAxes, fontsize=7.5, color='0.35')
 
 
 def _heat_map_height(models: Models) -> float:
@@ -167,7 +167,7 @@ def draw_heat_maps(models: Models, figure: Figure | SubFigure | None = None) -> 
     columns = figure.add_gridspec(
         *(len(models), 2 * stages + 3),
         width_ratios=[*stages * [1], 0.07, 0.12, *stages * [1], 0.07],
-        **dict(left=0.035, right=0.975, wspace=0.4),
+        **dict(left=0.035, right=0.965, wspace=0.4),
         **dict(bottom=0.4 / height, top=1 - 0.6 / height, hspace=0.95),
     )
     for row, (name, layers) in enumerate(models.items()):
@@ -186,7 +186,7 @@ def draw_heat_maps(models: Models, figure: Figure | SubFigure | None = None) -> 
                         weight='bold',
                     )
             bar = figure.add_subplot(columns[row, first + stages])
-            figure.colorbar(image, cax=bar).ax.tick_params(labelsize=8)
+            figure.colorbar(image, cax=bar, ticks=(0, 0.5, 1)).ax.tick_params(labelsize=8)
     return figure
 
 
