@@ -273,6 +273,8 @@ def train_in_one_of_two(rank: int, folder: Path, port: int) -> None:
     dist.init_process_group('gloo', rank=rank, world_size=2, timeout=timedelta(seconds=300))
     settings = dict(
         launcher='pytorch',
+        # By itself MMEngine takes DDP for one of GPUs.
+        cfg=dict(model_wrapper_cfg=dict(type='MMDistributedDataParallel')),
         train_dataloader=dict(
             batch_size=2,
             num_workers=0,

@@ -35,7 +35,7 @@ class AttentionVisualizationHook(Hook):
     training has augmented them, and runs them through the backbone again after the step, in
     evaluation mode and without gradients. The training is the same with it as without, bit by bit;
     nothing is drawn from random generators. In distributed training the main process does it on
-    its own images, without talking to the others.
+    its own images, without talking to the others. Of several LaViTs it takes the first.
 
     On two cores of a Xeon a log took 1.6 s, most of it drawing, beside 0.72 s for each iteration of
     configs/lavit_n_shapes.py (docs/benchmarks/attention_hook.py): 0.2 % of the time at the default
