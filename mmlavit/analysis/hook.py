@@ -39,7 +39,7 @@ class AttentionVisualizationHook(Hook):
 
     On two cores of a Xeon a log took 1.6 s, most of it drawing, beside 0.72 s for each iteration of
     configs/lavit_n_shapes.py (docs/benchmarks/attention_hook.py): 0.2 % of the time at the default
-    interval, which stays under 2 % where an iteration takes more than 0.08 s. Needs matplotlib.
+    interval, which stays under 2 % where an iteration takes more than 0.09 s. Needs matplotlib.
 
     Args:
         interval: Iterations between two logs. Defaults to 1000.
