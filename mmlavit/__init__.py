@@ -2,6 +2,7 @@
 
 Importing this package registers :class:`~mmlavit.backbone.LaViT`,
 :class:`~mmlavit.diagonality.DiagonalityLossHook`,
+:class:`~mmlavit.analysis.hook.AttentionVisualizationHook`,
 :class:`~mmlavit.safe_checkpoint.SafeCheckpointHook`, :class:`~mmlavit.step_seed.StepSeedHook` and,
 where MMEngine has FSDP, :class:`~mmlavit.fsdp.ResumableFSDPStrategy` and
 :func:`~mmlavit.fsdp.wrap_lavit_blocks` in MMEngine, and lets configs inherit from ``mmlavit::...``
@@ -14,6 +15,7 @@ require_mmengine()
 
 import mmengine._strategy  # noqa: E402
 
+from .analysis.hook import AttentionVisualizationHook  # noqa: E402
 from .arch import ARCHS  # noqa: E402
 from .backbone import LaViT  # noqa: E402
 from .diagonality import DiagonalityLossHook, diagonality_preserving_loss  # noqa: E402
@@ -26,6 +28,7 @@ serve_config_bases()
 __version__ = '0.1.0'
 __all__ = [
     'ARCHS',
+    'AttentionVisualizationHook',
     'DiagonalityLossHook',
     'LaViT',
     'SafeCheckpointHook',
