@@ -61,7 +61,7 @@ class Toy(BaseModel):
 def toy(**options: object) -> Toy:
     torch.manual_seed(0)
     rates = dict(drop_rate=0.1, attn_drop_rate=0.1, drop_path_rate=0.3)
-    return Toy(LaViT(ARCH, **{**rates, 'frozen_stages': 1, **options}))
+    return Toy(LaViT(ARCH, **{**rates, 'frozen_stages': 1, 'out_indices': (3,), **options}))
 
 
 def samples(count: int = 8) -> list[dict]:
@@ -273,8 +273,6 @@ def train_in_one_of_two(rank: int, folder: Path, port: int) -> None:
     dist.init_process_group('gloo', rank=rank, world_size=2, timeout=timedelta(seconds=300))
     settings = dict(
         launcher='pytorch',
-        # By itself MMEngine takes DDP for one of GPUs.
-        cfg=dict(model_wrapper_cfg=dict(type='MMDistributedDataParallel')),
         train_dataloader=dict(
             batch_size=2,
             num_workers=0,
@@ -285,8 +283,8 @@ def train_in_one_of_two(rank: int, folder: Path, port: int) -> None:
     )
     found = []
     for name, hooks in (('with', [HOOK]), ('without', [])):
-        runner = train(folder / name, toy(), *hooks, **settings)
-        assert isinstance(runner.model, MMDistributedDataParallel)
+        # MMEngine's runner would wrap it for a GPU.
+        runner = train(folder / name, MMDistributedDataParallel(toy()), *hooks, **settings)
         found.append(runner.model.module.state_dict())
     torch.save(found, folder / f'{rank}.pth')
     dist.destroy_process_group()
