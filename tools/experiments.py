@@ -37,7 +37,7 @@ def main() -> None:
     parser.add_argument(
         '--report-only',
         action='store_true',
-        help='train nothing; plots and tables of what is there',
+        help='plots and tables of what is there',
     )
     args = parser.parse_args()
     results_file = OUT / 'results.jsonl'

@@ -1,4 +1,4 @@
-"""What is compared with what: LaViT, LaViT with parts changed or taken out, and peers of its size."""
+"""What is compared: LaViT, LaViT with parts changed or taken out, and peers of its size."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ class Variant:
     diagonality: bool = True
 
 
-# Windows of 8, or the whole map where that is smaller, as in the demos' configs: at 64 x 64 the maps
-# are 16, 8, 4 and 2 wide.
+# Windows of 8, or the whole map where that is smaller, as in the demos' configs: for images of
+# 64 x 64 the maps are 16, 8, 4 and 2 wide.
 WINDOWS = (8, 8, 4, 2)
 
 
