@@ -6,6 +6,7 @@ docs/experiments/README.md. Start it at the top of the repository.
 """
 
 import argparse
+import json
 import os
 from pathlib import Path
 
@@ -14,6 +15,7 @@ os.environ.setdefault('OMP_NUM_THREADS', '1')
 os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')
 
 from mmlavit.experiments import report, study
+from mmlavit.experiments.cost import step_ratios
 from mmlavit.experiments.tasks import TASKS
 from mmlavit.experiments.variants import EXPERIMENTS
 
@@ -39,6 +41,7 @@ def main() -> None:
         action='store_true',
         help='plots and tables of what is there',
     )
+    parser.add_argument('--time', action='store_true', help='also time a step of each variant')
     args = parser.parse_args()
     results_file = OUT / 'results.jsonl'
     try:
@@ -48,12 +51,16 @@ def main() -> None:
     except (ValueError, FileExistsError, RuntimeError) as error:
         parser.exit(1, f'{parser.prog}: {error}\n')
     results = study.read_results(results_file)
+    times_file = OUT / 'times.json'
+    if args.time:
+        times_file.write_text(json.dumps(step_ratios(), indent=2) + '\n')
+    times = json.loads(times_file.read_text()) if times_file.exists() else {}
     for name, experiment in EXPERIMENTS.items():
         if any(r['variant'] in experiment.variants for r in results):
             print(report.draw(experiment, results, OUT / f'{name}.png'))
-            print(f'{experiment.question}\n\n{report.table(experiment, results)}\n')
+            print(f'{experiment.question}\n\n{report.table(experiment, results, times)}\n')
     page = OUT / 'README.md'
-    page.write_text(report.fill_in(page.read_text(), results))
+    page.write_text(report.fill_in(page.read_text(), results, times))
 
 
 if __name__ == '__main__':

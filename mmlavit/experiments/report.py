@@ -15,13 +15,14 @@ from .variants import EXPERIMENTS, VARIANTS, Experiment
 _MARKS = '<!-- results: {} -->', '<!-- end of results -->'
 
 
-def table(experiment: Experiment, results: list[dict[str, Any]]) -> str:
+def table(experiment: Experiment, results: list[dict[str, Any]], times: dict[str, float]) -> str:
     """The table of an experiment.
 
     Args:
         experiment: Which.
         results: As :func:`mmlavit.experiments.study.run` returns them; others than the
             experiment's are left out, and so are variants and tasks that have none.
+        times: As :func:`mmlavit.experiments.cost.step_ratios` returns them.
 
     Returns:
         Markdown. For each variant and task the mean and the standard deviation over the seeds, in
@@ -30,7 +31,7 @@ def table(experiment: Experiment, results: list[dict[str, Any]]) -> str:
     """
     tasks = [t for t in TASKS if any(r['task'] == t for r in results)]
     lines = [
-        '| | parameters M | s/step | ' + ' | '.join(TASKS[t].title for t in tasks) + ' |',
+        '| | parameters M | step | ' + ' | '.join(TASKS[t].title for t in tasks) + ' |',
         '|---' * (len(tasks) + 3) + '|',
     ]
     first = experiment.variants[0]
@@ -41,7 +42,7 @@ def table(experiment: Experiment, results: list[dict[str, Any]]) -> str:
         cells = [
             VARIANTS[variant].title,
             f'{own[0]["parameters"] / 1e6:.2f}',
-            f'{statistics.median(r["seconds"] for r in own):.2f}',
+            f'{times[variant]:.2f}' if variant in times else '–',
         ]
         for task in tasks:
             values, base = (
@@ -127,13 +128,14 @@ def draw(experiment: Experiment, results: list[dict[str, Any]], out: Path) -> Pa
     return out
 
 
-def fill_in(page: str, results: list[dict[str, Any]]) -> str:
+def fill_in(page: str, results: list[dict[str, Any]], times: dict[str, float]) -> str:
     """Put the tables into a page.
 
     Args:
         page: Markdown with, for each experiment that has a table, a line
             ``<!-- results: NAME -->`` and later a line ``<!-- end of results -->``.
         results: As for :func:`table`.
+        times: As for :func:`table`.
 
     Returns:
         The page with the present tables between those lines.
@@ -149,7 +151,7 @@ def fill_in(page: str, results: list[dict[str, Any]]) -> str:
                 f'the page asks for results of {name!r}; there are {", ".join(EXPERIMENTS)}'
             )
         start, end = (mark.format(name) for mark in _MARKS)
-        return f'{start}\n\n{table(EXPERIMENTS[name], results)}\n\n{end}'
+        return f'{start}\n\n{table(EXPERIMENTS[name], results, times)}\n\n{end}'
 
     start, end = (re.escape(mark) for mark in _MARKS)
     return re.sub(start.replace(r'\{\}', r'(\S+)') + '.*?' + end, fresh, page, flags=re.DOTALL)

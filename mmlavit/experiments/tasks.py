@@ -197,9 +197,6 @@ def build_config(
     cfg.train_dataloader.sampler = dict(type='InfiniteSampler', shuffle=True)
     cfg.merge_from_dict(
         dict(
-            custom_imports=dict(
-                imports=['mmlavit', 'mmlavit.experiments.ablations', 'mmdet.models'],
-            ),
             model=dict(
                 backbone=dict(_delete_=True, **variant.backbone, out_indices=task.out_indices)
             ),

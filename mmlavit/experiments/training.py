@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
-import time
 from pathlib import Path
 from typing import Any
 
@@ -12,24 +10,17 @@ from mmengine.hooks import Hook
 from mmengine.registry import DefaultScope
 from mmengine.runner import Runner
 
+from . import ablations  # noqa: F401  registers a variant's backbone
 from .tasks import TASKS, build_config
 from .variants import VARIANTS
 
 
 class _Record(Hook):
-    """Notes what is measured, and how long a step takes on the processor."""
+    """Notes what is measured."""
 
     def __init__(self, metric: str, scale: float) -> None:
         self.metric, self.scale = metric, scale
         self.curve: dict[int, float] = {}
-        self.seconds: list[float] = []
-        self._start = 0.0
-
-    def before_train_iter(self, runner: Runner, *args: object, **kwargs: object) -> None:
-        self._start = time.process_time()
-
-    def after_train_iter(self, runner: Runner, *args: object, **kwargs: object) -> None:
-        self.seconds.append(time.process_time() - self._start)
 
     def after_val_epoch(self, runner: Runner, metrics: dict[str, float]) -> None:
         self.curve[runner.iter] = self.scale * float(metrics[self.metric])
@@ -49,8 +40,7 @@ def train_variant(
 
     Returns:
         ``task``, ``variant``, ``seed``, ``iterations``, the ``curve`` of the task's metric in
-        percent over iterations, its last value as ``metric``, ``parameters`` of the backbone,
-        and the median ``seconds`` of processor time that a step took.
+        percent over iterations, its last value as ``metric``, and ``parameters`` of the backbone.
 
     Raises:
         KeyError: If a name is unknown.
@@ -72,6 +62,5 @@ def train_variant(
         'metric': record.curve[max(record.curve)],
         'curve': record.curve,
         'parameters': parameters,
-        'seconds': statistics.median(record.seconds),
         'torch': torch.__version__,
     }
