@@ -170,9 +170,7 @@ TASKS = {
 }
 
 
-def build_config(
-    task: Task, variant: Variant, seed: int, work_dir: Path, iterations: int | None = None
-) -> Config:
+def build_config(task: Task, variant: Variant, seed: int, work_dir: Path) -> Config:
     """The config of one training.
 
     Args:
@@ -180,7 +178,6 @@ def build_config(
         variant: The backbone.
         seed: Seed of weights, shuffling and augmentation.
         work_dir: Where MMEngine writes its logs.
-        iterations: Optimizer steps; None for the task's.
 
     Returns:
         A config for MMEngine's Runner: the task's own, shortened to its budget, with a learning
@@ -188,13 +185,15 @@ def build_config(
     """
     cfg = Config.fromfile(task.config)
     cfg.merge_from_dict(task.changes())
-    steps = iterations or task.iterations
+    steps = task.iterations
     for loader in (cfg.train_dataloader, cfg.val_dataloader):
         # One process a training: images are small, and more processes would fight for the cores.
         loader.update(num_workers=0, persistent_workers=False)
     # An unending sampler suits a budget in steps, whatever the sampler of the config's epochs.
     cfg.train_dataloader.pop('batch_sampler', None)
     cfg.train_dataloader.sampler = dict(type='InfiniteSampler', shuffle=True)
+    paramwise = cfg.lavit_paramwise
+    paramwise.custom_keys.relative_position_bias_table = dict(decay_mult=0.0)  # Swin's
     cfg.merge_from_dict(
         dict(
             model=dict(
@@ -211,7 +210,7 @@ def build_config(
                 type='OptimWrapper',
                 optimizer=dict(type='AdamW', lr=1e-3, weight_decay=0.05),
                 clip_grad=dict(max_norm=5.0),
-                paramwise_cfg=dict(norm_decay_mult=0.0, bias_decay_mult=0.0),
+                paramwise_cfg=paramwise,
             ),
             randomness=dict(seed=seed),
             work_dir=str(work_dir),

@@ -26,9 +26,7 @@ class _Record(Hook):
         self.curve[runner.iter] = self.scale * float(metrics[self.metric])
 
 
-def train_variant(
-    task: str, variant: str, seed: int, work_dir: Path, iterations: int | None = None
-) -> dict[str, Any]:
+def train_variant(task: str, variant: str, seed: int, work_dir: Path) -> dict[str, Any]:
     """Train once and measure on held-out images.
 
     Args:
@@ -36,7 +34,6 @@ def train_variant(
         variant: Name in :data:`VARIANTS`.
         seed: Seed of weights, shuffling and augmentation.
         work_dir: Where MMEngine writes its logs.
-        iterations: Optimizer steps; None for the task's.
 
     Returns:
         ``task``, ``variant``, ``seed``, ``iterations``, the ``curve`` of the task's metric in
@@ -46,7 +43,7 @@ def train_variant(
         KeyError: If a name is unknown.
     """
     chosen = TASKS[task]
-    cfg = build_config(chosen, VARIANTS[variant], seed, work_dir, iterations)
+    cfg = build_config(chosen, VARIANTS[variant], seed, work_dir)
     record = _Record(chosen.metric, chosen.scale)
     # Another training in this process may have left its toolbox's scope behind.
     with DefaultScope.overwrite_default_scope(cfg.default_scope):
