@@ -16,7 +16,7 @@ from .arch import NUM_STAGES, Arch, per_stage_ints
 from .attention import LessAttention, VanillaAttention
 from .attention_residual import AttentionResidual
 from .block import Block, PatchEmbed
-from .checkpoint import check_arch, fit_windows, strip_prefix, windows_of
+from .checkpoint import are_flattened, check_arch, fit_windows, strip_prefix, windows_of
 from .checkpoint_file import check_pretrained
 from .mode import keeps_activations
 from .windows import WindowGrid, nesting_ratio
@@ -318,16 +318,19 @@ class LaViT(BaseModule):
         PyTorch and MMEngine both call this first, with the whole state dict.
         """
         weights = strip_prefix(state_dict, prefix)
-        own = self.state_dict()
-        if not prefix or weights.keys() & own.keys():
+        # Not our own state dict: FSDP would gather all weights for it, and keep them from all but
+        # the first process.
+        modules = {name for name, _ in self.named_modules() if name}
+        is_ours = not prefix or any(name.rpartition('.')[0] in modules for name in weights)
+        if is_ours and not are_flattened(weights):
             check_arch(weights, self.arch, len(self.stages), self.in_channels)
             before = windows_of(weights)
-            if resized := fit_windows(weights, own):
+            if resized := fit_windows(weights, self.window_sizes[: len(self.stages)]):
                 state_dict.update({prefix + name: weights[name] for name in resized})
                 layers = {name.rpartition('.')[0] for name in resized}
                 print_log(
                     f'LaViT: resized Psi and Theta of {len(layers)} layers from window sizes '
-                    f'{before} to {windows_of(own)} by interpolation',
+                    f'{before} to {windows_of(weights)[: len(self.stages)]} by interpolation',
                     logger='current',
                 )
         super()._load_from_state_dict(state_dict, prefix, *args)

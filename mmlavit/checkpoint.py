@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -15,11 +15,24 @@ from .arch import ARCHS, Arch
 
 _STAGE = re.compile(r'stages\.(\d+)\.')
 _PROJECTION = re.compile(r'stages\.(\d+)\.blocks\.\d+\.attn\.(qkv|v)\.weight')
+_WINDOW_WEIGHT = re.compile(r'stages\.(\d+)\.blocks\.\d+\.attn\.(psi|theta)')
 
 
 def strip_prefix(state_dict: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     """The weights whose names start with ``prefix``, without it."""
     return {k[len(prefix) :]: v for k, v in state_dict.items() if k.startswith(prefix)}
+
+
+def are_flattened(weights: Mapping[str, Tensor]) -> bool:
+    """Whether these are FSDP's flat shares of weights, whose shapes tell nothing.
+
+    So they are in a local state dict (MMEngine's ``state_dict_cfg='local'``): in one tensor for
+    each unit or, with ``use_orig_params``, one for each weight.
+    """
+    return any(
+        name.endswith('._flat_param') or (name.endswith('.proj.weight') and weight.ndim == 1)
+        for name, weight in weights.items()
+    )
 
 
 def observed_arch(weights: Mapping[str, Tensor]) -> dict[str, tuple]:
@@ -158,22 +171,23 @@ def _interpolation(source: int, target: int, device: torch.device) -> Tensor:
     return resized.flatten(2)[0].T
 
 
-def fit_windows(weights: dict[str, Tensor], own: Mapping[str, Tensor]) -> list[str]:
+def fit_windows(weights: dict[str, Tensor], windows: Sequence[int]) -> list[str]:
     """Resize every ``Psi`` and ``Theta`` whose window is not the model's, in place of the old one.
 
     Args:
         weights: The checkpoint's weights under LaViT's own names; changed in place.
-        own: The model's weights.
+        windows: The window size of each stage of the model.
 
     Returns:
         The names that were resized.
     """
     resized = []
-    for name, weight in own.items():
-        if not name.endswith(('.psi', '.theta')) or name not in weights:
+    for name, weight in weights.items():
+        match = _WINDOW_WEIGHT.fullmatch(name)
+        if match is None or (stage := int(match[1])) >= len(windows):
             continue
-        if weights[name].shape != weight.shape:
-            weights[name] = resize_window_weight(weights[name], math.isqrt(weight.shape[0]))
+        if weight.shape != (windows[stage] ** 2,) * 2:
+            weights[name] = resize_window_weight(weight, windows[stage])
             resized.append(name)
     return resized
 

@@ -18,7 +18,9 @@ from .mode import is_traced, is_transformed
 from .recompute import autocasts, gradients, is_plain, recomputes
 
 # Inductor's own, and so not documented, but there since torch 2.0. It knows no gradients.
-_onednn_linear = getattr(torch.ops.mkldnn, '_linear_pointwise', None)
+_onednn_linear = None
+if torch.backends.mkldnn.is_available():
+    _onednn_linear = getattr(torch.ops.mkldnn, '_linear_pointwise', None)
 if _onednn_linear is not None:
 
     @register_flop_formula(_onednn_linear)
@@ -49,14 +51,14 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def prefers_onednn(x: Tensor) -> bool:
-    """Whether oneDNN has the faster linear layer for ``x``."""
+    """Whether oneDNN has the faster linear layer for ``x``, and is on (torch.backends.mkldnn)."""
     # Whether it is traced comes first: torch.compile cannot look into the rest.
     return (
         not is_traced()
         and x.device.type == 'cpu'
         and x.dtype == torch.float32
         and _onednn_linear is not None
-        and torch.backends.mkldnn.is_available()
+        and torch.backends.mkldnn.enabled
         and not is_transformed()
         and not autocasts(x)
     )

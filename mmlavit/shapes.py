@@ -33,7 +33,7 @@ from tqdm import tqdm
 CLASSES = ('circle', 'square', 'triangle')
 
 # Raise it whenever the same recipe would give other files: it is part of the data set's identity.
-GENERATOR = {'name': 'mmlavit.shapes', 'version': 3}
+GENERATOR = {'name': 'mmlavit.shapes', 'version': 4}
 
 MIN_SIZE = 32  # below it the smallest triangle is a few pixels that look like anything
 # Radius of the disc of equal area, as a share of the image side: of the first shape, which nearly
@@ -41,7 +41,7 @@ MIN_SIZE = 32  # below it the smallest triangle is a few pixels that look like a
 # classifier learns next to nothing in the time of a demo: image labels alone tell too little.
 LEADER = (0.26, 0.31)
 OTHERS = (0.12, 0.17)
-MIN_VISIBLE = 0.7  # of every shape, after the shapes drawn over it
+MIN_VISIBLE = 0.85  # of every shape, after the shapes drawn over it
 MIN_LEAD = 1.25  # of the largest shape's area over every other class's, as it names the image
 MIN_PART = 6  # pixels; a smaller visible fragment is no fair target for a detector
 MIN_CONTRAST = 90.0  # distance in BGR between a shape and what it must stand out from

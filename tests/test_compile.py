@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from small import images, small_lavit
+from small import ARCH, images, small_lavit
 from torch import Tensor, fx, nn
 from torch._dynamo.backends.registry import lookup_backend
 
@@ -18,14 +18,6 @@ pytestmark = [
         reason='torch 2.1 does not tell nested functions that it compiles',
     ),
 ]
-
-SMALL = dict(
-    embed_dims=(32, 64, 96, 128),
-    num_heads=(1, 2, 3, 4),
-    depths=(2, 1, 1, 1),
-    vanilla_depths=(1, 1, 1, 1),
-    mlp_ratios=(2, 2, 2, 2),
-)
 
 # With windows of 2 x 2 tokens a side has one window up to 8 pixels, and up to 16 in the second
 # stage. Sides that need padding and sides that do not, in the first stage and in the second.
@@ -111,7 +103,7 @@ def test_inductor(train: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setenv('TORCHINDUCTOR_CACHE_DIR', str(tmp_path))
     print('seed 0')
     torch.manual_seed(0)
-    model = LaViT(SMALL, drop_path_rate=0.0, out_indices=(0,)).train(train)
+    model = LaViT(ARCH, drop_path_rate=0.0, out_indices=(0,)).train(train)
     # Training at any size needs this: https://github.com/pytorch/pytorch/issues/185510.
     options = {'layout_optimization': False} if train else None
     compiled = torch.compile(model, fullgraph=True, options=options)

@@ -20,8 +20,10 @@ from mmengine.model import BaseModel, MMDistributedDataParallel
 from mmengine.runner import FlexibleRunner
 from small import ARCH, images, small_lavit
 from torch import Tensor, nn
+from torch.distributed.fsdp import FullStateDictConfig, LocalStateDictConfig, StateDictType
+from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 
-from mmlavit import DiagonalityLossHook
+from mmlavit import DiagonalityLossHook, wrap_lavit_blocks
 from mmlavit.compat import repair_torchvision
 
 WORLD = 2
@@ -30,6 +32,7 @@ LOCAL_BATCH = 2
 HEIGHT, WIDTH = 72, 40
 LEARNING_RATE = 0.1
 STEPS = 2
+FULL, LOCAL = StateDictType.FULL_STATE_DICT, StateDictType.LOCAL_STATE_DICT
 
 needs_fsdp = pytest.mark.skipif(
     tuple(map(int, torch.__version__.split('.')[:2])) < (2, 4),
@@ -143,6 +146,35 @@ def fsdp_training(
     return dict(numel=sum(p.numel() for p in runner.model.parameters()))
 
 
+def weights_for_other_windows() -> dict[str, Tensor]:
+    return Toy(seed=1, window_sizes=(4, 4, 4, 4)).state_dict()
+
+
+def fsdp_model(kind: StateDictType, seed: int = 0, **options: object) -> FSDP:
+    device = torch.device('cpu')
+    model = FSDP(Toy(seed=seed), auto_wrap_policy=wrap_lavit_blocks, device_id=device, **options)
+    # Only the first process sees whole state dicts, as in the trainings above.
+    config = FullStateDictConfig(rank0_only=True) if kind == FULL else LocalStateDictConfig()
+    FSDP.set_state_dict_type(model, kind, config)
+    return model
+
+
+def fsdp_loading(rank: int) -> dict[str, Tensor]:
+    """What a model holds after loading weights whose Psi and Theta must be resized."""
+    model = fsdp_model(FULL)
+    model.load_state_dict(weights_for_other_windows())
+    return model.state_dict()
+
+
+def fsdp_loading_shares(rank: int, use_orig_params: bool) -> dict[str, Tensor]:
+    """What a model holds after loading what another saved, each process its share."""
+    model, source = (fsdp_model(LOCAL, seed, use_orig_params=use_orig_params) for seed in (0, 1))
+    # As MMEngine, not strictly: with use_orig_params PyTorch saves its flat tensors, too.
+    model.load_state_dict(source.state_dict(), strict=False)
+    FSDP.set_state_dict_type(model, FULL, FullStateDictConfig(rank0_only=True))
+    return model.state_dict()
+
+
 DDP_CASES = {
     f'out_indices={out}, frozen_stages={frozen}': dict(out_indices=out, frozen_stages=frozen)
     for out in [(0,), (0, 2), (0, 1, 2, 3)]
@@ -176,6 +208,11 @@ def run_cases(rank: int, folder: Path, port: int) -> None:
         for name, options in FSDP_CASES.items():
             work_dir = folder / f'fsdp {name}'
             cases[f'FSDP {name}'] = partial(fsdp_training, rank, work_dir, **options)
+        cases['FSDP other windows'] = partial(fsdp_loading, rank)
+        cases['FSDP flat shares'] = partial(fsdp_loading_shares, rank, use_orig_params=False)
+        cases['FSDP shares of each weight'] = partial(
+            fsdp_loading_shares, rank, use_orig_params=True
+        )
         cases['FSDP first'] = partial(fsdp_training, rank, folder / 'resumed', steps=1)
         cases['FSDP resumed'] = partial(fsdp_training, rank, folder / 'resumed', resume=True)
     found: dict[str, object] = {}
@@ -277,3 +314,25 @@ def test_fsdp_resumes(found):
     result_of(found, 'FSDP first')
     result_of(found, 'FSDP resumed')
     assert_same_weights(found[0] / 'resumed' / f'iter_{STEPS}.pth', train_alone(), Toy())
+
+
+@needs_fsdp
+def test_fsdp_resizes_psi_and_theta_in_every_process(found):
+    """A process that kept them as they were could not load its share."""
+    expected = Toy()
+    expected.load_state_dict(weights_for_other_windows())
+    assert_first_holds(expected, result_of(found, 'FSDP other windows'))
+
+
+@needs_fsdp
+@pytest.mark.parametrize('name', ['flat shares', 'shares of each weight'])
+def test_fsdp_loads_what_each_process_saved(found, name):
+    """MMEngine's ``state_dict_cfg='local'``: flat weights, which show nothing of their arch."""
+    assert_first_holds(Toy(seed=1), result_of(found, f'FSDP {name}'))
+
+
+def assert_first_holds(expected: nn.Module, states: list[dict[str, Tensor]]) -> None:
+    """The first process got the whole state dict, as asked for, and the other none."""
+    first, second = (dict(state) for state in states)
+    torch.testing.assert_close(first, dict(expected.state_dict()), rtol=0, atol=0)
+    assert not second

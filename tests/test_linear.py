@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from mmlavit import LaViT
@@ -81,8 +82,40 @@ def test_the_fast_route_is_taken_where_it_can_be(monkeypatch):
     assert prefers_onednn(x) == torch.backends.mkldnn.is_available()
     with torch.autocast('cpu', dtype=torch.bfloat16):
         assert not prefers_onednn(x)
-    monkeypatch.setattr(torch.backends.mkldnn, 'is_available', lambda: False)
+    monkeypatch.setattr('mmlavit.linear._onednn_linear', None)
     assert not prefers_onednn(x)
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason='torch without oneDNN')
+@pytest.mark.parametrize('grad', [False, True])
+def test_onednn_can_be_switched_off(grad, monkeypatch):
+    """By PyTorch's own switch, which PyTorch itself honours in its convolutions."""
+    # As on an AMD processor with several threads, where gradients go to oneDNN too.
+    monkeypatch.setattr('mmlavit.linear._mkl_is_slow', lambda: True)
+    monkeypatch.setattr(torch, 'get_num_threads', lambda: 2)
+    detours = {'mkldnn._linear_pointwise.default'}
+    if grad:
+        detours.add('aten.convolution_backward.default')
+    with torch.backends.mkldnn.flags(enabled=False):
+        assert not detours & operators_of_a_step(grad)
+    assert detours <= operators_of_a_step(grad)
+
+
+def operators_of_a_step(grad: bool) -> set[str]:
+    """What PyTorch is asked to compute for a linear layer, and its gradients if wanted."""
+    called = set()
+
+    class Listener(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            called.add(str(function))
+            return function(*args, **(kwargs or {}))
+
+    args = inputs((5, 4), 3, torch.float32)
+    with Listener(), torch.set_grad_enabled(grad):
+        y = linear(*args)
+        if grad:
+            y.sum().backward()
+    return called
 
 
 def test_flops_are_counted():

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from small import images, seeded, small_lavit
+from small import ARCH, images, seeded, small_lavit
 from torch import Tensor, nn
 
 import mmlavit.attention
@@ -174,15 +174,8 @@ class Quadrants(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        arch = dict(
-            embed_dims=(16, 32, 48, 64),
-            num_heads=(1, 2, 3, 4),
-            depths=(2, 2, 2, 2),
-            vanilla_depths=(1, 1, 1, 1),
-            mlp_ratios=(2, 2, 2, 2),
-        )
-        self.backbone = LaViT(arch, window_sizes=(4, 4, 2, 2), out_indices=(1,), drop_path_rate=0.0)
-        self.head = nn.Linear(32 * 16, CLASSES)
+        self.backbone = LaViT(ARCH, window_sizes=(4, 4, 2, 2), out_indices=(1,), drop_path_rate=0.0)
+        self.head = nn.Linear(ARCH['embed_dims'][1] * 16, CLASSES)
 
     def forward(self, inputs: Tensor, labels: Tensor, mode: str) -> dict[str, Tensor]:
         logits = self.head(self.backbone(inputs)[0].flatten(1))

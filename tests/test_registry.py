@@ -71,6 +71,24 @@ assert not blocked & {name.split('.')[0] for name in sys.modules}
     )
 
 
+def test_without_fsdp():
+    """MMEngine swallows whatever goes wrong when it imports FSDP, and does without; so do we.
+
+    A torch without torch.distributed cannot be tried: MMEngine itself does not import there
+    (open-mmlab/mmengine#1507).
+    """
+    passes("""
+sys.modules['mmengine._strategy.fsdp'] = None
+from mmlavit import *
+import mmlavit
+from mmengine.registry import FUNCTIONS, STRATEGIES
+
+assert 'LaViT' in globals()
+for registry, name in (STRATEGIES, 'ResumableFSDPStrategy'), (FUNCTIONS, 'wrap_lavit_blocks'):
+    assert not hasattr(mmlavit, name) and registry.get(name) is None
+""")
+
+
 @pytest.mark.parametrize('blocked', ['mmcv', 'mmdet', 'mmseg', 'mmpretrain', 'torchvision'])
 def test_the_block_blocks(blocked):
     """Or the test above would prove nothing."""
