@@ -17,7 +17,12 @@ from mmlavit.experiments import report, study, tasks
 from mmlavit.experiments.ablations import AblatedLaViT
 from mmlavit.experiments.matching import MatchingRecipe
 from mmlavit.experiments.tasks import TASKS
-from mmlavit.experiments.variants import EXPERIMENTS, VARIANTS, Experiment
+from mmlavit.experiments.variants import (
+    EXPERIMENTS,
+    VARIANTS,
+    Experiment,
+    register_backbones,
+)
 
 PAGE = ROOT / 'docs/experiments/README.md'
 RESULTS = ROOT / 'docs/experiments/results.jsonl'
@@ -90,8 +95,7 @@ def test_a_switch_is_a_bool(part):
 
 
 def test_variants_are_of_like_size():
-    import mmdet.models  # noqa: F401
-
+    register_backbones()
     sizes = {
         name: sum(p.numel() for p in MODELS.build(dict(v.backbone)).parameters())
         for name, v in VARIANTS.items()

@@ -9,10 +9,8 @@ import torch
 from mmengine.registry import MODELS
 
 from ..benchmark.timing import interleave
-from ..compat import repair_torchvision
-from . import ablations  # noqa: F401  registers a variant's backbone
 from .tasks import SIZE
-from .variants import VARIANTS
+from .variants import VARIANTS, register_backbones
 
 
 def step_ratios(rounds: int = 15, batch: int = 16) -> dict[str, float]:
@@ -25,9 +23,7 @@ def step_ratios(rounds: int = 15, batch: int = 16) -> dict[str, float]:
     Returns:
         For each of :data:`VARIANTS` the median time, LaViT's being 1.
     """
-    repair_torchvision()
-    import mmdet.models  # noqa: F401
-
+    register_backbones()
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

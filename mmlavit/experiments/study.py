@@ -12,10 +12,9 @@ from typing import Any
 
 import torch
 
-from ..compat import repair_torchvision
 from .tasks import TASKS
 from .training import train_variant
-from .variants import EXPERIMENTS
+from .variants import EXPERIMENTS, register_backbones
 
 WORK_DIR = Path('work_dirs/experiments')
 
@@ -105,8 +104,7 @@ def _key(result: dict[str, Any]) -> tuple[str, str, int, int]:
 
 
 def _import_toolboxes() -> None:
-    repair_torchvision()
-    import mmdet.models  # noqa: F401
+    register_backbones()
     import mmpretrain.models  # noqa: F401
     import mmseg.models  # noqa: F401
 

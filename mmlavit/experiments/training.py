@@ -10,9 +10,8 @@ from mmengine.hooks import Hook
 from mmengine.registry import DefaultScope
 from mmengine.runner import Runner
 
-from . import ablations  # noqa: F401  registers a variant's backbone
 from .tasks import TASKS, build_config
-from .variants import VARIANTS
+from .variants import VARIANTS, register_backbones
 
 
 class _Record(Hook):
@@ -42,6 +41,7 @@ def train_variant(task: str, variant: str, seed: int, work_dir: Path) -> dict[st
     Raises:
         KeyError: If a name is unknown.
     """
+    register_backbones()
     chosen = TASKS[task]
     cfg = build_config(chosen, VARIANTS[variant], seed, work_dir)
     record = _Record(chosen.metric, chosen.scale)

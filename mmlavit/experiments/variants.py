@@ -5,6 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..compat import repair_torchvision
+
+
+def register_backbones() -> None:
+    """Make the types that :data:`VARIANTS` name known to MMEngine."""
+    repair_torchvision()
+    import mmdet.models  # noqa: F401
+
+    from . import ablations, peers  # noqa: F401
+
+
 # Small enough for a training in a minute or two on one core; deep enough for layers that reuse.
 ARCH = dict(
     embed_dims=(24, 48, 96, 192),
@@ -53,7 +64,7 @@ VARIANTS = {
     'swin': Variant(
         'Swin (windows 4)',
         dict(
-            type='mmdet.SwinTransformer',
+            type='TupleSwin',
             embed_dims=ARCH['embed_dims'][0],
             depths=ARCH['depths'],
             num_heads=ARCH['num_heads'],
