@@ -12,7 +12,7 @@ PYTEST = -m pytest -n $(JOBS) --dist worksteal --durations=25 \
 export OMP_WAIT_POLICY ?= PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help install test test-openmmlab lint format demo demo-seg demo-cls
+.PHONY: help install test test-openmmlab lint format docs linkcheck demo demo-seg demo-cls
 
 help:
 	@echo 'make install   everything into $(VENV), at the versions of constraints.txt; resumes, and'
@@ -24,6 +24,8 @@ help:
 	@echo '               processes run them'
 	@echo 'make test-openmmlab   the tests again, on the original OpenMMLab distributions, in an'
 	@echo '               environment of their own'
+	@echo 'make docs      install, and make the documentation into docs/_build/html'
+	@echo 'make linkcheck whether the documentation links to pages that are there; needs a network'
 	@echo 'make lint      what Ruff has to say'
 	@echo 'make format    let Ruff fix and format'
 	@echo
@@ -49,6 +51,14 @@ lint: install
 format: install
 	$(BIN) -m ruff check --fix .
 	$(BIN) -m ruff format .
+
+# Warnings are errors: a link, an anchor or a name that leads nowhere fails.
+docs: install
+	$(BIN) -m sphinx -W --keep-going -q -d docs/_build/doctrees docs docs/_build/html
+	@echo 'the documentation is docs/_build/html/index.html'
+
+linkcheck: install
+	$(BIN) -m sphinx -b linkcheck -q -d docs/_build/doctrees docs docs/_build/linkcheck
 
 demo: install
 	$(BIN) tools/demo.py

@@ -15,8 +15,15 @@ from setuptools.command.build_py import build_py
 ROOT = Path(__file__).parent
 README = ROOT / 'README.md'
 
-# Tools that work on the repository around them: its installer, its demos, the table of its README.
-REPOSITORY_TOOLS = ('setup_env.py', 'demo.py', 'pretraining_curves.py', 'config_table.py')
+# Tools that work on the repository around them: its installer, its demos, what its documents show.
+REPOSITORY_TOOLS = (
+    'setup_env.py',
+    'demo.py',
+    'pretraining_curves.py',
+    'config_table.py',
+    'attention_cost.py',
+    'architecture_figures.py',
+)
 
 # The maintained continuation. Tried together, in this order, with torch 2.13: 0.10.12, 2.3.6,
 # 3.5.1, 1.4.2, 1.3.6.
@@ -46,11 +53,17 @@ OPENMMLAB = [
 # What tools/export.py needs; torch from 2.6 on. Tried together: 1.23.2, 0.7.2, 1.31.1.
 EXPORT = ['onnx', 'onnxscript', 'onnxruntime']
 
+# What `make docs` makes the site with. Tried together: 9.0.4, 5.2.0, 2025.12.19.
+DOCS = ['sphinx', 'myst-parser', 'furo']
+# What tools/analysis draws with. Tried together: 3.11.2, 3.9.2.
+ANALYSIS = ['matplotlib', 'bokeh>=3.4']
+
 # What the tests, the checks and the demo of this repository run with, beside one of the two above.
 DEV = [
     *EXPORT,
+    *DOCS,
+    *ANALYSIS,
     'hypothesis',
-    'matplotlib',
     'psutil',
     'pytest',
     'pytest-timeout',
@@ -105,7 +118,14 @@ setup(
     python_requires='>=3.10',
     packages=find_packages(include=['mmlavit', 'mmlavit.*']),
     install_requires=['torch>=2.1', 'numpy'],
-    extras_require={'onedl': ONEDL, 'openmmlab': OPENMMLAB, 'export': EXPORT, 'dev': DEV},
+    extras_require={
+        'onedl': ONEDL,
+        'openmmlab': OPENMMLAB,
+        'export': EXPORT,
+        'docs': DOCS,
+        'analysis': ANALYSIS,
+        'dev': DEV,
+    },
     cmdclass={'build_py': BuildWithConfigs},
     zip_safe=False,
 )

@@ -1,9 +1,12 @@
 """mmlavit: the Less-Attention Vision Transformer (LaViT) as a backbone for OpenMMLab.
 
-Importing this package registers :class:`LaViT`, :class:`DiagonalityLossHook`,
-:class:`SafeCheckpointHook`, :class:`StepSeedHook` and, where MMEngine has FSDP,
-:class:`ResumableFSDPStrategy` and :func:`wrap_lavit_blocks` in MMEngine, and lets configs inherit
-from ``mmlavit::...`` (and, where MMEngine knows mmseg by another name, from ``mmseg::...``).
+Importing this package registers :class:`~mmlavit.backbone.LaViT`,
+:class:`~mmlavit.diagonality.DiagonalityLossHook`,
+:class:`~mmlavit.analysis.hook.AttentionVisualizationHook`,
+:class:`~mmlavit.safe_checkpoint.SafeCheckpointHook`, :class:`~mmlavit.step_seed.StepSeedHook` and,
+where MMEngine has FSDP, :class:`~mmlavit.fsdp.ResumableFSDPStrategy` and
+:func:`~mmlavit.fsdp.wrap_lavit_blocks` in MMEngine, and lets configs inherit from ``mmlavit::...``
+(and, where MMEngine knows mmseg by another name, from ``mmseg::...``).
 """
 
 from .compat import repair_config_bases, require_mmengine, serve_config_bases
@@ -12,6 +15,7 @@ require_mmengine()
 
 import mmengine._strategy  # noqa: E402
 
+from .analysis.hook import AttentionVisualizationHook  # noqa: E402
 from .arch import ARCHS  # noqa: E402
 from .backbone import LaViT  # noqa: E402
 from .diagonality import DiagonalityLossHook, diagonality_preserving_loss  # noqa: E402
@@ -24,6 +28,7 @@ serve_config_bases()
 __version__ = '0.1.0'
 __all__ = [
     'ARCHS',
+    'AttentionVisualizationHook',
     'DiagonalityLossHook',
     'LaViT',
     'SafeCheckpointHook',

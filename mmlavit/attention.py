@@ -91,7 +91,8 @@ class WindowAttention(nn.Module):
 class VanillaAttention(WindowAttention):
     """Equation 4: ``A = Q K^T / sqrt(d)``, ``Z = softmax(A) V``; keeps ``A``.
 
-    In float16 scores end at 65504 instead of becoming infinite, see :func:`saturate`.
+    In float16 scores end at 65504 instead of becoming infinite, see
+    :func:`~mmlavit.saturate.saturate`.
 
     Args:
         embed_dims: Channels of a token.
@@ -140,7 +141,8 @@ class LessAttention(WindowAttention):
 
     ``Psi`` and ``Theta`` mix the query places and the key places of a window. They are shared by
     all heads and windows, and start as the identity: a new layer reuses the attention it is given.
-    In float16 scores end at 65504 instead of becoming infinite, see :func:`saturate`.
+    In float16 scores end at 65504 instead of becoming infinite, see
+    :func:`~mmlavit.saturate.saturate`.
 
     Args:
         embed_dims: Channels of a token.
@@ -149,7 +151,8 @@ class LessAttention(WindowAttention):
         qkv_bias: Whether the projection to V has a bias.
         attn_drop_rate: Dropout on the attention after the softmax.
         drop_rate: Dropout on the output.
-        fused: Whether to compute it in one kernel where that can be, see :func:`can_fuse`.
+        fused: Whether to compute it in one kernel where that can be, see
+            :func:`~mmlavit.fused_attention.can_fuse`.
     """
 
     def __init__(

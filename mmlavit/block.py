@@ -71,7 +71,8 @@ class Block(nn.Module):
 
     Args:
         embed_dims: Channels of a token.
-        attn: :class:`VanillaAttention` or :class:`LessAttention`.
+        attn: :class:`~mmlavit.attention.VanillaAttention` or
+            :class:`~mmlavit.attention.LessAttention`.
         mlp_ratio: Hidden channels of the MLP over ``embed_dims``.
         drop_rate: Dropout in the MLP.
         drop_path_rate: Probability of dropping a branch.

@@ -20,7 +20,7 @@ from .checkpoint_file import read_weights
 from .launch import read_scope, require_package
 
 PACKAGES = ('onnx', 'onnxscript', 'onnxruntime')
-# Largest difference from PyTorch, in units of the largest value of a map or, if that is less, of 1.
+#: Largest difference from PyTorch, in units of the largest value of a map or of 1, if that is more.
 TOLERANCE = 1e-4
 # A file of ONNX holds at most 2 GB; what a model computes with comes on top of its weights.
 MAX_BYTES = 1.8e9

@@ -44,7 +44,7 @@ class ResumableFSDPStrategy(FSDPStrategy):
         """Load the state of the optimizer, as a checkpoint holds it.
 
         Args:
-            state_dict: What :meth:`optim_state_dict` returned when it was saved.
+            state_dict: What MMEngine's ``optim_state_dict`` returned when it was saved.
         """
         config = copy(self.optim_state_dict_config)
         if isinstance(config, FullOptimStateDictConfig):

@@ -172,7 +172,7 @@ def comparison() -> list[suites.Row]:
 
 
 class TestReport:
-    MACHINE = {'processor': 'Abacus', 'threads': 2}
+    MACHINE = {'date': '2026-01-01', 'processor': 'Abacus', 'threads': 2}
 
     def test_markdown(self, comparison):
         text = report.markdown(self.MACHINE, [comparison])

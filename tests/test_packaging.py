@@ -129,13 +129,15 @@ def test_each_extra_is_of_one_family(
     metadata: email.message.Message, requirements: list[Requirement]
 ) -> None:
     extras = metadata.get_all('Provides-Extra')
-    assert set(extras) == {'onedl', 'openmmlab', 'export', 'dev'}
+    assert set(extras) == {'onedl', 'openmmlab', 'export', 'docs', 'analysis', 'dev'}
     families = {
         extra: {name for name in of_extra(requirements, extra) if name in PROVIDERS}
         for extra in extras
     }
     assert families == {'onedl': set(ONEDL), 'openmmlab': set(OPENMMLAB)} | {
         'export': set(),
+        'docs': set(),
+        'analysis': set(),
         'dev': set(),
     }
 
@@ -164,13 +166,20 @@ def content(wheel: Path) -> dict[str, bytes]:
 
 def test_wheel_holds_package_configs_and_tools_and_nothing_else(wheel: Path) -> None:
     expected = {str(file.relative_to(ROOT)): file for file in (ROOT / 'mmlavit').rglob('*.py')}
-    for pattern in ('configs/**/*.py', 'configs/**/*.yml', 'configs/**/*.md', 'tools/*.py'):
+    for pattern in ('configs/**/*.py', 'configs/**/*.yml', 'configs/**/*.md', 'tools/**/*.py'):
         for file in ROOT.glob(pattern):
             expected[f'mmlavit/.mim/{file.relative_to(ROOT)}'] = file
     for name in ('model-index.yml', 'README.md'):
         expected[f'mmlavit/.mim/{name}'] = ROOT / name
     # They work on the repository.
-    for name in ('setup_env.py', 'demo.py', 'pretraining_curves.py', 'config_table.py'):
+    for name in (
+        'setup_env.py',
+        'demo.py',
+        'pretraining_curves.py',
+        'config_table.py',
+        'attention_cost.py',
+        'architecture_figures.py',
+    ):
         del expected[f'mmlavit/.mim/tools/{name}']
     assert content(wheel) == {name: file.read_bytes() for name, file in expected.items()}
 
@@ -229,7 +238,7 @@ def test_installing_it_here_would_install_nothing_else(wheel: Path) -> None:
 @pytest.mark.parametrize('python', PYTHONS)
 def test_constraints_fit_the_extras(requirements: list[Requirement], python: str) -> None:
     pinned = pins(python)
-    for extra in ('onedl', 'export', 'dev'):
+    for extra in ('onedl', 'export', 'docs', 'dev'):
         for name, specifier in of_extra(requirements, extra, python).items():
             assert pinned[name] in specifier, name
     for name, version in ONEDL.items():

@@ -47,8 +47,8 @@ def _convnext_tiny() -> nn.Module:
     return ConvNeXt('tiny', out_indices=(0, 1, 2, 3), gap_before_final_norm=False)
 
 
-# Name of a backbone and how to build it, with maps at strides 4 to 32. The first one asked for is
-# what the others are compared with.
+#: Name of a backbone and how to build it, with maps at strides 4 to 32. The first one asked for is
+#: what the others are compared with.
 BACKBONES: dict[str, Callable[[], nn.Module]] = {
     'LaViT-S': lambda: LaViT('small'),
     'LaViT-S all-vanilla': _all_vanilla,
@@ -61,7 +61,7 @@ BACKBONES: dict[str, Callable[[], nn.Module]] = {
 }
 DEFAULT_BACKBONES = tuple(BACKBONES)[:6]
 
-# Name of a detector and its config: ours by its name, the peers' as MMEngine finds them.
+#: Name of a detector and its config, ours by its name, the peers' as MMEngine finds them.
 DETECTORS = {
     'Mask R-CNN LaViT-S': 'mmlavit::maskrcnn_lavit_s_coco.py',
     'Mask R-CNN Swin-T': 'mmdet::swin/mask-rcnn_swin-t-p4-w7_fpn_1x_coco.py',

@@ -61,11 +61,12 @@ def markdown(machine: dict[str, object], comparisons: Sequence[Sequence[Row]]) -
     Returns:
         Markdown. Ratios are a model's figure over the first model's: over 1 speaks for the first.
     """
-    lines = [', '.join(f'{name} {value}' for name, value in machine.items()), '']
+    lines = [f'# Benchmark of {machine["date"]}', '']
+    lines += [', '.join(f'{name} {value}' for name, value in machine.items()), '']
     lines += ["Medians of interleaved rounds (least - most). Ratios: over the first row's figure."]
     for rows in comparisons:
         first = rows[0]
-        lines += ['', f'### {first.task}, {first.input}', '', _HEAD, '|---' * 11 + '|']
+        lines += ['', f'## {first.task}, {first.input}', '', _HEAD, '|---' * 11 + '|']
         lines += [_line(row, first) for row in rows]
     return '\n'.join(lines) + '\n'
 

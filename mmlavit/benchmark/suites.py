@@ -68,7 +68,7 @@ def backbones(
     """Compare backbones.
 
     Args:
-        names: Of :data:`BACKBONES`.
+        names: Of :data:`~mmlavit.benchmark.models.BACKBONES`.
         tasks: What to time.
         settings: How it is computed.
         rounds: Rounds of each task.
@@ -185,7 +185,7 @@ def detectors(names: Sequence[str], settings: Settings, rounds: int) -> Iterator
     are alike in all of them, have next to nothing to do.
 
     Args:
-        names: Of :data:`DETECTORS`.
+        names: Of :data:`~mmlavit.benchmark.models.DETECTORS`.
         settings: How it is computed.
         rounds: Rounds.
 
