@@ -21,7 +21,7 @@ class ReusedAttention(LessAttention):
     def forward(
         self, x: Tensor, grid: WindowGrid, scores: Tensor, norm: nn.Module
     ) -> tuple[Tensor, Tensor]:
-        """Attend with the scores given; as :meth:`LessAttention.forward`."""
+        """Attend with the scores given; as :meth:`~mmlavit.attention.LessAttention.forward`."""
         v = self.project(self.v, x, grid, norm)[0]
         return self.attend(scores, v, grid), scores
 
@@ -43,7 +43,7 @@ class AblatedLaViT(LaViT):
         position: Whether each layer begins with the position convolution.
         mixing: Whether less attention has ``Psi`` and ``Theta`` (equation 5); without, scores are
             used again as they are.
-        kwargs: Arguments of :class:`LaViT`.
+        kwargs: Arguments of :class:`~mmlavit.backbone.LaViT`.
 
     Raises:
         TypeError: If a switch is not a bool, or as LaViT.

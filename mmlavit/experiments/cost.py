@@ -21,7 +21,7 @@ def step_ratios(rounds: int = 15, batch: int = 16) -> dict[str, float]:
         batch: Images of the tasks' size.
 
     Returns:
-        For each of :data:`VARIANTS` the median time, LaViT's being 1.
+        For each of :data:`~mmlavit.experiments.variants.VARIANTS` the median time, LaViT's being 1.
     """
     register_backbones()
     threads = torch.get_num_threads()

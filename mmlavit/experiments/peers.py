@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-from mmdet.models.backbones.swin import SwinTransformer
 from mmengine.registry import MODELS
 from torch import Tensor
+
+from ..compat import repair_torchvision
+
+repair_torchvision()
+
+from mmdet.models.backbones.swin import SwinTransformer  # noqa: E402
 
 
 @MODELS.register_module()

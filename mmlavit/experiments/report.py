@@ -141,7 +141,7 @@ def fill_in(page: str, results: list[dict[str, Any]], times: dict[str, float]) -
         The page with the present tables between those lines.
 
     Raises:
-        ValueError: If a name is none of :data:`EXPERIMENTS`.
+        ValueError: If a name is none of :data:`~mmlavit.experiments.variants.EXPERIMENTS`.
     """
 
     def fresh(match: re.Match) -> str:

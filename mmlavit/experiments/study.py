@@ -25,8 +25,8 @@ def trainings(
     """What experiments ask for: (task, variant, seed), each once.
 
     Args:
-        experiments: Names in :data:`EXPERIMENTS`.
-        tasks: Names in :data:`TASKS`.
+        experiments: Names in :data:`~mmlavit.experiments.variants.EXPERIMENTS`.
+        tasks: Names in :data:`~mmlavit.experiments.tasks.TASKS`.
         seeds: Seeds.
 
     Returns:

@@ -146,26 +146,51 @@ def _matcher() -> dict[str, Any]:
 
 
 _CONFIGS = Path('configs')
+#: By name, on what variants are compared.
 TASKS = {
     'cls': Task(
-        'classification',
-        *(_CONFIGS / 'lavit_n_shapes.py', 500, 'accuracy/top1', 1.0, 100 / 3, (3,)),
-        *(_classifier, _shapes_data),
+        title='classification',
+        config=_CONFIGS / 'lavit_n_shapes.py',
+        iterations=500,
+        metric='accuracy/top1',
+        scale=1.0,
+        chance=100 / 3,
+        out_indices=(3,),
+        changes=_classifier,
+        make_data=_shapes_data,
     ),
     'det': Task(
-        'detection (RetinaNet)',
-        *(_CONFIGS / 'retinanet_lavit_n_shapes.py', 300, 'coco/bbox_mAP_50', 100.0, None),
-        *((1, 2, 3), _detector, _shapes_data),
+        title='detection (RetinaNet)',
+        config=_CONFIGS / 'retinanet_lavit_n_shapes.py',
+        iterations=300,
+        metric='coco/bbox_mAP_50',
+        scale=100.0,
+        chance=None,
+        out_indices=(1, 2, 3),
+        changes=_detector,
+        make_data=_shapes_data,
     ),
     'seg': Task(
-        'segmentation (UPerNet)',
-        *(_CONFIGS / 'upernet_lavit_n_shapes.py', 400, 'mIoU', 1.0, None, (0, 1, 2, 3)),
-        *(_segmentor, _shapes_data),
+        title='segmentation (UPerNet)',
+        config=_CONFIGS / 'upernet_lavit_n_shapes.py',
+        iterations=400,
+        metric='mIoU',
+        scale=1.0,
+        chance=None,
+        out_indices=(0, 1, 2, 3),
+        changes=_segmentor,
+        make_data=_shapes_data,
     ),
     'match': Task(
-        'matching (long-range)',
-        *(_CONFIGS / 'upernet_lavit_n_shapes.py', 300, 'aAcc', 1.0, 50.0, (0, 1, 2, 3)),
-        *(_matcher, _matching_data),
+        title='matching (long-range)',
+        config=_CONFIGS / 'upernet_lavit_n_shapes.py',
+        iterations=300,
+        metric='aAcc',
+        scale=1.0,
+        chance=50.0,
+        out_indices=(0, 1, 2, 3),
+        changes=_matcher,
+        make_data=_matching_data,
     ),
 }
 

@@ -29,8 +29,8 @@ def train_variant(task: str, variant: str, seed: int, work_dir: Path) -> dict[st
     """Train once and measure on held-out images.
 
     Args:
-        task: Name in :data:`TASKS`, whose data must be there.
-        variant: Name in :data:`VARIANTS`.
+        task: Name in :data:`~mmlavit.experiments.tasks.TASKS`, whose data must be there.
+        variant: Name in :data:`~mmlavit.experiments.variants.VARIANTS`.
         seed: Seed of weights, shuffling and augmentation.
         work_dir: Where MMEngine writes its logs.
 

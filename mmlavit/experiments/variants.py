@@ -54,6 +54,7 @@ def _without(part: str) -> dict[str, Any]:
     return {**_lavit(), 'type': 'AblatedLaViT', part: False}
 
 
+#: By name, what is compared.
 VARIANTS = {
     'lavit': Variant('LaViT (windows 8)', _lavit()),
     'vanilla': Variant(
@@ -106,6 +107,7 @@ class Experiment:
     variants: tuple[str, ...]
 
 
+#: By name, what is asked.
 EXPERIMENTS = {
     'less': Experiment('Does less attention cost accuracy?', ('vanilla', 'lavit')),
     'peers': Experiment(
