@@ -193,7 +193,7 @@ def less_attention_layers(model: nn.Module) -> list[LessAttention]:
             'DiagonalityLossHook: the LaViT has no less-attention layer (vanilla_depths equals '
             'depths in every stage), so there is no loss to add; remove the hook'
         )
-    trainable = [layer for layer in layers if layer.psi.requires_grad]
+    trainable = [a for a in layers if any(p.requires_grad for p in a.parameters())]
     if not trainable:
         raise ValueError(
             'DiagonalityLossHook: every less-attention layer of the LaViT is frozen '

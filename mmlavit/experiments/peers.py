@@ -1,0 +1,21 @@
+"""Swin as it ships in mmdet, for all three toolboxes."""
+
+from __future__ import annotations
+
+from mmengine.registry import MODELS
+from torch import Tensor
+
+from ..compat import repair_torchvision
+
+repair_torchvision()
+
+from mmdet.models.backbones.swin import SwinTransformer  # noqa: E402
+
+
+@MODELS.register_module()
+class TupleSwin(SwinTransformer):
+    """mmdet's Swin, whose maps come as a tuple: a list is refused by mmpretrain's necks."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Compute feature maps; as mmdet's, but in a tuple."""
+        return tuple(super().forward(x))

@@ -1,0 +1,157 @@
+"""What experiments came to: tables and learning curves."""
+
+from __future__ import annotations
+
+import re
+import statistics
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+from .tasks import TASKS
+from .variants import EXPERIMENTS, VARIANTS, Experiment
+
+_MARKS = '<!-- results: {} -->', '<!-- end of results -->'
+
+
+def table(experiment: Experiment, results: list[dict[str, Any]], times: dict[str, float]) -> str:
+    """The table of an experiment.
+
+    Args:
+        experiment: Which.
+        results: As :func:`mmlavit.experiments.study.run` returns them; others than the
+            experiment's are left out, and so are variants and tasks that have none.
+        times: As :func:`mmlavit.experiments.cost.step_ratios` returns them.
+
+    Returns:
+        Markdown. For each variant and task the mean and the standard deviation over the seeds, in
+        percent, and, where there is something to hold it against, the 95 % confidence interval of
+        the difference (Welch's t-test).
+    """
+    tasks = [t for t in TASKS if any(r['task'] == t for r in results)]
+    lines = [
+        '| | parameters M | step | ' + ' | '.join(TASKS[t].title for t in tasks) + ' |',
+        '|---' * (len(tasks) + 3) + '|',
+    ]
+    first = experiment.variants[0]
+    for variant in experiment.variants:
+        own = [r for r in results if r['variant'] == variant]
+        if not own:
+            continue
+        cells = [
+            VARIANTS[variant].title,
+            f'{own[0]["parameters"] / 1e6:.2f}',
+            f'{times[variant]:.2f}' if variant in times else '–',
+        ]
+        for task in tasks:
+            values, base = (
+                [r['metric'] for r in results if r['task'] == task and r['variant'] == v]
+                for v in (variant, first)
+            )
+            cells.append(_cell(values, [] if variant == first else base))
+        lines.append(f'| {" | ".join(cells)} |')
+    return '\n'.join(lines)
+
+
+def _cell(values: list[float], base: list[float]) -> str:
+    if not values:
+        return '–'
+    spread = f' ± {statistics.stdev(values):.1f}' if len(values) > 1 else ''
+    text = f'{statistics.mean(values):.1f}{spread}'
+    if len(values) > 1 and len(base) > 1:
+        low, high = difference(values, base)
+        text += f' ({low:+.1f} to {high:+.1f})'
+    return text
+
+
+def difference(values: list[float], base: list[float]) -> tuple[float, float]:
+    """95 % confidence interval of ``mean(values) - mean(base)``, by Welch's t-test.
+
+    Args:
+        values: At least two measurements.
+        base: At least two measurements.
+
+    Returns:
+        The interval's ends.
+    """
+    from scipy.stats import ttest_ind
+
+    if statistics.pvariance(values) == statistics.pvariance(base) == 0:
+        gap = statistics.mean(values) - statistics.mean(base)
+        return gap, gap
+    interval = ttest_ind(values, base, equal_var=False).confidence_interval(0.95)
+    return float(interval.low), float(interval.high)
+
+
+def draw(experiment: Experiment, results: list[dict[str, Any]], out: Path) -> Path:
+    """Plot the learning curves of an experiment, a panel for each task.
+
+    Args:
+        experiment: Which.
+        results: As for :func:`table`.
+        out: Picture to write.
+
+    Returns:
+        ``out``. A line is the mean over the seeds, the band goes from the least to the largest.
+    """
+    matplotlib.use('Agg')
+    import matplotlib.pyplot as plt
+
+    tasks = [t for t in TASKS if any(r['task'] == t for r in results)]
+    figure, panels = plt.subplots(
+        1, len(tasks), figsize=(3.6 * len(tasks), 3.6), layout='constrained', squeeze=False
+    )
+    for panel, task in zip(panels[0], tasks, strict=True):
+        for variant in experiment.variants:
+            curves = [r['curve'] for r in results if r['task'] == task and r['variant'] == variant]
+            if not curves:
+                continue
+            steps = [int(step) for step in curves[0]]
+            points = list(zip(*(curve.values() for curve in curves), strict=True))
+            (line,) = panel.plot(
+                steps, list(map(statistics.mean, points)), 'o-', label=VARIANTS[variant].title
+            )
+            panel.fill_between(
+                *(steps, list(map(min, points)), list(map(max, points))),
+                color=line.get_color(),
+                alpha=0.2,
+            )
+        if TASKS[task].chance is not None:
+            panel.axhline(TASKS[task].chance, color='grey', linestyle=':', label='chance')
+        panel.set(title=TASKS[task].title, xlabel='iteration', ylabel=f'{TASKS[task].metric}, %')
+        panel.grid(alpha=0.3)
+    panels[0][0].legend(fontsize=7)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(out, dpi=100)
+    plt.close(figure)
+    return out
+
+
+def fill_in(page: str, results: list[dict[str, Any]], times: dict[str, float]) -> str:
+    """Put the tables into a page.
+
+    Args:
+        page: Markdown with, for each experiment that has a table, a line
+            ``<!-- results: NAME -->`` and later a line ``<!-- end of results -->``.
+        results: As for :func:`table`.
+        times: As for :func:`table`.
+
+    Returns:
+        The page with the present tables between those lines.
+
+    Raises:
+        ValueError: If a name is none of :data:`~mmlavit.experiments.variants.EXPERIMENTS`.
+    """
+
+    def fresh(match: re.Match) -> str:
+        name = match[1]
+        if name not in EXPERIMENTS:
+            raise ValueError(
+                f'the page asks for results of {name!r}; there are {", ".join(EXPERIMENTS)}'
+            )
+        start, end = (mark.format(name) for mark in _MARKS)
+        return f'{start}\n\n{table(EXPERIMENTS[name], results, times)}\n\n{end}'
+
+    start, end = (re.escape(mark) for mark in _MARKS)
+    return re.sub(start.replace(r'\{\}', r'(\S+)') + '.*?' + end, fresh, page, flags=re.DOTALL)

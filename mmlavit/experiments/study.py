@@ -1,0 +1,124 @@
+"""All trainings that experiments ask for, side by side, going on where an earlier call stopped."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .tasks import TASKS
+from .training import train_variant
+from .variants import EXPERIMENTS, register_backbones
+
+WORK_DIR = Path('work_dirs/experiments')
+
+
+def trainings(
+    experiments: Iterable[str], tasks: Iterable[str], seeds: Iterable[int]
+) -> list[tuple[str, str, int]]:
+    """What experiments ask for: (task, variant, seed), each once.
+
+    Args:
+        experiments: Names in :data:`~mmlavit.experiments.variants.EXPERIMENTS`.
+        tasks: Names in :data:`~mmlavit.experiments.tasks.TASKS`.
+        seeds: Seeds.
+
+    Returns:
+        The trainings, seed by seed, so that a study that is stopped has whole seeds.
+
+    Raises:
+        ValueError: If a name is unknown; the message lists the known ones.
+    """
+    experiments, tasks = list(experiments), list(tasks)
+    for kind, names, known in (('experiment', experiments, EXPERIMENTS), ('task', tasks, TASKS)):
+        for name in names:
+            if name not in known:
+                raise ValueError(f'unknown {kind} {name!r}; there are {", ".join(known)}')
+    variants = dict.fromkeys(v for e in experiments for v in EXPERIMENTS[e].variants)
+    return [(t, v, s) for s in seeds for t in tasks for v in variants]
+
+
+def read_results(path: Path) -> list[dict[str, Any]]:
+    """Results written by :func:`run`, one for each training; none where there is no file."""
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def run(wanted: list[tuple[str, str, int]], results: Path, jobs: int = 2) -> list[dict[str, Any]]:
+    """Train what is not among the results yet.
+
+    Each training has a process and a core of its own, so its numbers do not depend on what runs
+    beside it.
+
+    Args:
+        wanted: Trainings as from :func:`trainings`.
+        results: File of results, a JSON object a line. A result is added as soon as it is there;
+            those with another budget than the task's now are left alone and trained again.
+        jobs: Trainings at a time.
+
+    Returns:
+        All results of what is wanted.
+
+    Raises:
+        ValueError: If ``jobs`` is not at least 1.
+        RuntimeError: If trainings failed; what the others came to is in the file.
+    """
+    if jobs < 1:
+        raise ValueError(f'jobs must be at least 1, got {jobs}')
+    for task in dict.fromkeys(task for task, _, _ in wanted):
+        TASKS[task].make_data()
+    done = {_key(r): r for r in read_results(results)}
+    missing = [w for w in wanted if (*w, TASKS[w[0]].iterations) not in done]
+    print(f'{len(wanted)} trainings, {len(wanted) - len(missing)} of them done before', flush=True)
+    failed = []
+    if missing:
+        results.parent.mkdir(parents=True, exist_ok=True)
+        _import_toolboxes()
+        # Forked processes have all imports done; a new one for each training shares nothing.
+        context = multiprocessing.get_context('fork')
+        with context.Pool(jobs, maxtasksperchild=1) as pool:
+            for i, (key, result) in enumerate(pool.imap_unordered(_train, missing), 1):
+                name = '{} {} seed {}'.format(*key)
+                if isinstance(result, str):
+                    failed.append(name)
+                    print(f'{i}/{len(missing)} {name}: FAILED, {result}', flush=True)
+                    continue
+                with results.open('a') as file:
+                    file.write(json.dumps(result) + '\n')
+                done[_key(result)] = result
+                print(f'{i}/{len(missing)} {name}: {result["metric"]:.1f}', flush=True)
+    if failed:
+        raise RuntimeError(f'{len(failed)} trainings failed: {", ".join(failed)}')
+    return [done[(*w, TASKS[w[0]].iterations)] for w in wanted]
+
+
+def _key(result: dict[str, Any]) -> tuple[str, str, int, int]:
+    return result['task'], result['variant'], result['seed'], result['iterations']
+
+
+def _import_toolboxes() -> None:
+    register_backbones()
+    import mmpretrain.models  # noqa: F401
+    import mmseg.models  # noqa: F401
+
+
+def _train(key: tuple[str, str, int]) -> tuple[tuple[str, str, int], dict[str, Any] | str]:
+    """Train in a process of its own, its output in a file; an error comes back as a line."""
+    torch.set_num_threads(1)
+    task, variant, seed = key
+    work_dir = WORK_DIR / task / f'{variant}-{seed}'
+    work_dir.mkdir(parents=True, exist_ok=True)
+    with (work_dir / 'output.log').open('w') as log:
+        os.dup2(log.fileno(), sys.stdout.fileno())
+        os.dup2(log.fileno(), sys.stderr.fileno())
+        try:
+            return key, train_variant(task, variant, seed, work_dir)
+        except Exception as error:
+            return key, f'{type(error).__name__}: {error} (see {log.name})'

@@ -1,0 +1,268 @@
+"""Experiments: parts taken out, real trainings that resume, and what is reported of them."""
+
+import json
+import re
+import statistics
+from dataclasses import replace
+
+import pytest
+import torch
+from helpers import ROOT, run_tool
+from mmengine.registry import MODELS
+from small import ARCH, move_weights, seeded
+
+from mmlavit import LaViT
+from mmlavit.attention import LessAttention
+from mmlavit.experiments import report, study, tasks
+from mmlavit.experiments.ablations import AblatedLaViT
+from mmlavit.experiments.matching import MatchingRecipe
+from mmlavit.experiments.tasks import TASKS
+from mmlavit.experiments.variants import (
+    EXPERIMENTS,
+    VARIANTS,
+    Experiment,
+    register_backbones,
+)
+
+PAGE = ROOT / 'docs/experiments/README.md'
+RESULTS = ROOT / 'docs/experiments/results.jsonl'
+TIMES = ROOT / 'docs/experiments/times.json'
+
+
+# ---------------------------------------------------------------------------------------------
+# Parts taken out
+# ---------------------------------------------------------------------------------------------
+
+
+def without_residual(model: LaViT) -> None:
+    for stage in model.stages[1:]:
+        stage.attention_residual.layer_scale.data.zero_()
+
+
+def without_position(model: LaViT) -> None:
+    for stage in model.stages:
+        for block in stage.blocks:
+            block.pos_conv.weight.data.zero_()
+            block.pos_conv.bias.data.zero_()
+
+
+def without_mixing(model: LaViT) -> None:
+    for layer in model.modules():
+        if isinstance(layer, LessAttention):
+            layer.psi.data.copy_(torch.eye(len(layer.psi)))
+            layer.theta.data.copy_(torch.eye(len(layer.theta)))
+
+
+@pytest.mark.parametrize('train', [False, True])
+@pytest.mark.parametrize(
+    'part, without',
+    [
+        ('attention_residual', without_residual),
+        ('position', without_position),
+        ('mixing', without_mixing),
+    ],
+)
+def test_a_part_taken_out_is_a_part_that_does_nothing(part, without, train):
+    generator = seeded(3)
+    whole = move_weights(LaViT(arch=ARCH, drop_path_rate=0.0).double(), generator, 0.1)
+    whole.train(train)
+    cut = AblatedLaViT(arch=ARCH, drop_path_rate=0.0, **{part: False}).double().train(train)
+    missing = cut.load_state_dict(whole.state_dict(), strict=False).missing_keys
+    assert not missing
+    assert len(cut.state_dict()) < len(whole.state_dict())
+    image = torch.randn(2, 3, 75, 90, generator=generator, dtype=torch.float64)
+    with torch.set_grad_enabled(train):
+        different = whole(image)
+        without(whole)
+        expected, found = whole(image), cut(image)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+    # In the last map at least: the first stage has no residual.
+    assert not torch.allclose(expected[-1], different[-1], rtol=1e-3)
+
+
+def test_nothing_taken_out_is_lavit():
+    whole = LaViT(arch=ARCH)
+    cut = AblatedLaViT(arch=ARCH)
+    cut.load_state_dict(whole.state_dict())
+    assert cut.stages[1].attention_residual is not None
+
+
+@pytest.mark.parametrize('part', ['attention_residual', 'position', 'mixing'])
+def test_a_switch_is_a_bool(part):
+    with pytest.raises(TypeError, match=f'{part} must be True or False, got 0'):
+        AblatedLaViT(arch=ARCH, **{part: 0})
+
+
+def test_variants_are_of_like_size():
+    register_backbones()
+    sizes = {
+        name: sum(p.numel() for p in MODELS.build(dict(v.backbone)).parameters())
+        for name, v in VARIANTS.items()
+    }
+    for name, size in sizes.items():
+        assert 0.85 < size / sizes['lavit'] < 1.15, (name, sizes)
+
+
+def test_experiments_ask_for_what_is_there():
+    for experiment in EXPERIMENTS.values():
+        assert set(experiment.variants) <= set(VARIANTS)
+    assert set().union(*(e.variants for e in EXPERIMENTS.values())) == set(VARIANTS)
+
+
+# ---------------------------------------------------------------------------------------------
+# Trainings
+# ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small_tasks(monkeypatch, tmp_path):
+    """Tasks of a few steps on a few images, in a directory of their own."""
+    (tmp_path / 'configs').symlink_to(ROOT / 'configs')
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(tasks, 'MATCHING', MatchingRecipe(20, 10, tasks.SIZE))
+    monkeypatch.setattr(tasks, 'SHAPES', tasks.ShapesRecipe(20, 10, tasks.SIZE))
+    for name, task in TASKS.items():
+        monkeypatch.setitem(TASKS, name, replace(task, iterations=10))
+    return tmp_path
+
+
+def refuse(training: tuple) -> tuple:
+    return training, 'not now'
+
+
+def test_a_study_is_trained_once_and_goes_on(small_tasks, monkeypatch, capfd):
+    results = small_tasks / 'out' / 'results.jsonl'
+    wanted = [('match', 'lavit', 0), ('match', 'no-mixing', 0)]
+    first = study.run(wanted, results)
+    lines = results.read_text().splitlines()
+    assert len(lines) == 2
+    for result in first:
+        assert list(result['curve']) == [2, 4, 6, 8, 10]
+        assert result['metric'] == result['curve'][10]
+        assert 0 <= result['metric'] <= 100
+    monkeypatch.setattr(study, '_train', refuse)
+    # What is there is not trained again.
+    again = study.run(wanted, results)
+    assert results.read_text().splitlines() == lines
+    assert [r['metric'] for r in again] == [r['metric'] for r in first]
+    # Under another budget it is something else.
+    monkeypatch.setitem(TASKS, 'match', replace(TASKS['match'], iterations=20))
+    with pytest.raises(RuntimeError, match='2 trainings failed: match'):
+        study.run(wanted, results)
+    assert results.read_text().splitlines() == lines
+    assert 'FAILED, not now' in capfd.readouterr().out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('task', list(TASKS))
+def test_every_variant_trains_for_every_task(small_tasks, task):
+    results = small_tasks / 'results.jsonl'
+    wanted = [(task, variant, 0) for variant in VARIANTS]
+    metrics = study.run(wanted, results)
+    assert [(r['task'], r['variant'], r['seed']) for r in metrics] == wanted
+
+
+def test_equal_seeds_give_equal_trainings(small_tasks):
+    TASKS['match'].make_data()
+    runs = [
+        study.run([('match', 'no-diagonality', seed)], small_tasks / f'{i}.jsonl')[0]['curve']
+        for i, seed in enumerate((1, 1, 2))
+    ]
+    assert runs[0] == runs[1] != runs[2]
+
+
+def test_trainings_come_seed_by_seed_and_once():
+    wanted = study.trainings(['residual', 'mixing'], ['cls', 'match'], [0, 1])
+    assert len(wanted) == len(set(wanted)) == 3 * 2 * 2
+    assert [seed for _, _, seed in wanted] == [0] * 6 + [1] * 6
+
+
+@pytest.mark.parametrize(
+    'experiments, names, message',
+    [
+        (['nothing'], ['cls'], "unknown experiment 'nothing'; there are less, peers"),
+        (['less'], ['caption'], "unknown task 'caption'; there are cls, det"),
+    ],
+)
+def test_unknown_names_are_refused(experiments, names, message):
+    with pytest.raises(ValueError, match=message):
+        study.trainings(experiments, names, [0])
+
+
+def test_the_tool_says_in_a_line_what_is_wrong(tmp_path):
+    found = run_tool('experiments.py', 'nothing', cwd=tmp_path)
+    assert found.returncode == 1
+    assert found.stderr.count('\n') == 1
+    assert "unknown experiment 'nothing'" in found.stderr
+
+
+# ---------------------------------------------------------------------------------------------
+# The report
+# ---------------------------------------------------------------------------------------------
+
+FAKE = [
+    dict(task='cls', variant=v, seed=s, metric=m, curve={'10': m / 2, '20': m}, parameters=1500000)
+    for v, values in (('lavit', (80, 82, 84)), ('no-mixing', (70, 71, 75)))
+    for s, m in enumerate(values)
+]
+
+
+def test_the_table_has_mean_spread_and_interval():
+    found = report.table(EXPERIMENTS['mixing'], FAKE, {'lavit': 1.0, 'no-mixing': 0.9})
+    lavit, reused = found.splitlines()[2:]
+    assert lavit == '| LaViT (windows 8) | 1.50 | 1.00 | 82.0 ± 2.0 |'
+    # Welch's interval by hand: a = 82, 2, b = 72, sqrt(7); 3.72 degrees of freedom, t = 2.8605.
+    assert reused.startswith('| attention reused as it is | 1.50 | 0.90 | 72.0 ± 2.6 (')
+    low, high = map(float, re.search(r'\(([-+.\d]+) to ([-+.\d]+)\)', reused).groups())
+    error = (4 / 3 + 7 / 3) ** 0.5
+    assert low == pytest.approx(-10 - 2.8605 * error, abs=0.06)
+    assert high == pytest.approx(-10 + 2.8605 * error, abs=0.06)
+
+
+def test_equal_measurements_have_no_spread():
+    assert report.difference([50.0, 50.0], [40.0, 40.0]) == (10.0, 10.0)
+
+
+def test_one_seed_has_no_interval():
+    one = [r for r in FAKE if r['seed'] == 0]
+    assert '| 70.0 |' in report.table(EXPERIMENTS['mixing'], one, {})
+
+
+def test_curves_are_means_and_bands(tmp_path, monkeypatch):
+    import matplotlib.pyplot as plt
+
+    figures = []
+    monkeypatch.setattr(plt, 'close', figures.append)
+    report.draw(Experiment('?', ('lavit', 'no-mixing')), FAKE, tmp_path / 'a' / 'p.png')
+    (panel,) = figures[0].axes
+    lines = {line.get_label(): list(line.get_ydata()) for line in panel.get_lines()}
+    assert lines['attention reused as it is'] == [36.0, 72.0]
+    (band, _) = panel.collections
+    ys = band.get_paths()[0].vertices[:, 1]
+    assert (ys.min(), ys.max()) == (40.0, 84.0)
+
+
+def test_a_page_is_filled_in_again_and_again():
+    page = 'a\n<!-- results: mixing -->\nold\n<!-- end of results -->\nb\n'
+    filled = report.fill_in(page, FAKE, {})
+    assert 'old' not in filled and '82.0 ± 2.0' in filled
+    assert filled.startswith('a\n') and filled.endswith('\nb\n')
+    assert report.fill_in(filled, FAKE, {}) == filled
+    with pytest.raises(ValueError, match="results of 'mix'"):
+        report.fill_in(page.replace('mixing', 'mix'), FAKE, {})
+
+
+def test_the_committed_page_is_of_the_committed_results():
+    results = study.read_results(RESULTS)
+    text = PAGE.read_text()
+    assert report.fill_in(text, results, json.loads(TIMES.read_text())) == text
+    for name, experiment in EXPERIMENTS.items():
+        assert f'<!-- results: {name} -->' in text
+        assert (PAGE.parent / f'{name}.png').exists()
+        for variant in experiment.variants:
+            for task in TASKS:
+                own = [r for r in results if (r['task'], r['variant']) == (task, variant)]
+                assert len({r['seed'] for r in own}) >= 3, (variant, task)
+                assert {r['iterations'] for r in own} == {TASKS[task].iterations}
+                assert all(statistics.fmean(r['curve'].values()) > 0 for r in own)

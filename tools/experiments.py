@@ -1,0 +1,67 @@
+"""Trains LaViT with parts changed or taken out, and peers, on made-up data, and says what it buys.
+
+Results are kept in docs/experiments/results.jsonl, one line a training; what is there is not
+trained again, so a study that was stopped goes on where it was. Plots go beside it, tables into
+docs/experiments/README.md. Start it at the top of the repository.
+"""
+
+import argparse
+import json
+import os
+from pathlib import Path
+
+# One core a training; threads that wait must not spin. Both are read when torch is imported.
+os.environ.setdefault('OMP_NUM_THREADS', '1')
+os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')
+
+from mmlavit.experiments import report, study
+from mmlavit.experiments.cost import step_ratios
+from mmlavit.experiments.tasks import TASKS
+from mmlavit.experiments.variants import EXPERIMENTS
+
+OUT = Path('docs/experiments')
+
+
+def main() -> None:
+    """Run what the command line asks for."""
+    listing = '\n'.join(f'  {name:<12} {e.question}' for name, e in EXPERIMENTS.items())
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        epilog=f'experiments:\n{listing}',
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        'experiments', nargs='*', metavar='EXPERIMENT', help='names from below; default all'
+    )
+    parser.add_argument('--tasks', nargs='+', default=list(TASKS), choices=list(TASKS))
+    parser.add_argument('--seeds', nargs='+', type=int, default=[0, 1, 2])
+    parser.add_argument('--jobs', type=int, default=2, help='trainings at a time, a core each')
+    parser.add_argument(
+        '--report-only',
+        action='store_true',
+        help='plots and tables of what is there',
+    )
+    parser.add_argument('--time', action='store_true', help='also time a step of each variant')
+    args = parser.parse_args()
+    results_file = OUT / 'results.jsonl'
+    try:
+        wanted = study.trainings(args.experiments or EXPERIMENTS, args.tasks, args.seeds)
+        if not args.report_only:
+            study.run(wanted, results_file, args.jobs)
+    except (ValueError, FileExistsError, RuntimeError) as error:
+        parser.exit(1, f'{parser.prog}: {error}\n')
+    results = study.read_results(results_file)
+    times_file = OUT / 'times.json'
+    if args.time:
+        times_file.write_text(json.dumps(step_ratios(), indent=2) + '\n')
+    times = json.loads(times_file.read_text()) if times_file.exists() else {}
+    for name, experiment in EXPERIMENTS.items():
+        if any(r['variant'] in experiment.variants for r in results):
+            print(report.draw(experiment, results, OUT / f'{name}.png'))
+            print(f'{experiment.question}\n\n{report.table(experiment, results, times)}\n')
+    page = OUT / 'README.md'
+    page.write_text(report.fill_in(page.read_text(), results, times))
+
+
+if __name__ == '__main__':
+    main()
