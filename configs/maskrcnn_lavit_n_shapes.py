@@ -60,11 +60,11 @@ test_dataloader = val_dataloader
 val_evaluator = dict(ann_file='data/shapes/coco/annotations/instances_val2017.json')
 test_evaluator = val_evaluator
 
-train_cfg = dict(max_epochs=4, val_interval=1)
+train_cfg = dict(max_epochs=3, val_interval=1)
 param_scheduler = [
     dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=100),
     dict(
-        type='CosineAnnealingLR', by_epoch=True, T_max=4, eta_min=1e-5, convert_to_iter_based=True
+        type='CosineAnnealingLR', by_epoch=True, T_max=3, eta_min=1e-5, convert_to_iter_based=True
     ),
 ]
 optim_wrapper = dict(optimizer=dict(lr=1e-3), clip_grad=dict(max_norm=5.0))
