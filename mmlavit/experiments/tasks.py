@@ -184,7 +184,7 @@ TASKS = {
     'match': Task(
         title='matching (long-range)',
         config=_CONFIGS / 'upernet_lavit_n_shapes.py',
-        iterations=300,
+        iterations=200,
         metric='aAcc',
         scale=1.0,
         chance=50.0,
