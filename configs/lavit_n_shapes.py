@@ -37,11 +37,11 @@ test_dataloader = val_dataloader
 val_evaluator = dict(topk=(1,))
 test_evaluator = val_evaluator
 
-train_cfg = dict(max_epochs=20, val_interval=1)
+train_cfg = dict(max_epochs=16, val_interval=1)
 param_scheduler = [
     dict(type='LinearLR', start_factor=0.01, by_epoch=False, end=100),
     dict(
-        type='CosineAnnealingLR', by_epoch=True, T_max=20, eta_min=1e-5, convert_to_iter_based=True
+        type='CosineAnnealingLR', by_epoch=True, T_max=16, eta_min=1e-5, convert_to_iter_based=True
     ),
 ]
 default_hooks = dict(
