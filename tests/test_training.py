@@ -67,6 +67,7 @@ def run(tmp_path_factory) -> Iterator[Run]:
         f'train_cfg.max_epochs={EPOCHS}',
         f'train_cfg.val_interval={EPOCHS // 2}',
         'param_scheduler.0.end=3',
+        f'param_scheduler.1.T_max={EPOCHS}',
         'default_hooks.logger.interval=1',
         'log_processor.window_size=1',
     ]

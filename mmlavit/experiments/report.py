@@ -12,6 +12,7 @@ import matplotlib
 from .tasks import TASKS
 from .variants import EXPERIMENTS, VARIANTS, Experiment
 
+SEEDS = 3  # at least
 _MARKS = '<!-- results: {} -->', '<!-- end of results -->'
 
 
@@ -26,7 +27,7 @@ def table(experiment: Experiment, results: list[dict[str, Any]], times: dict[str
 
     Returns:
         Markdown. For each variant and task the mean and the standard deviation over the seeds, in
-        percent, and, where there is something to hold it against, the 95 % confidence interval of
+        percent, how many seeds there are if fewer than :data:`SEEDS`, and, where there is something to hold it against, the 95 % confidence interval of
         the difference (Welch's t-test).
     """
     tasks = [t for t in TASKS if any(r['task'] == t for r in results)]
@@ -59,6 +60,8 @@ def _cell(values: list[float], base: list[float]) -> str:
         return '–'
     spread = f' ± {statistics.stdev(values):.1f}' if len(values) > 1 else ''
     text = f'{statistics.mean(values):.1f}{spread}'
+    if len(values) < SEEDS:
+        text += f' [{len(values)} of {SEEDS} seeds]'
     if len(values) > 1 and len(base) > 1:
         low, high = difference(values, base)
         text += f' ({low:+.1f} to {high:+.1f})'

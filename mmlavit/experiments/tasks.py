@@ -184,7 +184,7 @@ TASKS = {
     'match': Task(
         title='matching (long-range)',
         config=_CONFIGS / 'upernet_lavit_n_shapes.py',
-        iterations=200,
+        iterations=400,
         metric='aAcc',
         scale=1.0,
         chance=50.0,
