@@ -12,7 +12,8 @@ import matplotlib
 from .tasks import TASKS
 from .variants import EXPERIMENTS, VARIANTS, Experiment
 
-SEEDS = 3  # at least
+#: As many as an experiment must have before its figures mean something.
+SEEDS = 3
 _MARKS = '<!-- results: {} -->', '<!-- end of results -->'
 
 
@@ -27,8 +28,9 @@ def table(experiment: Experiment, results: list[dict[str, Any]], times: dict[str
 
     Returns:
         Markdown. For each variant and task the mean and the standard deviation over the seeds, in
-        percent, how many seeds there are if fewer than :data:`SEEDS`, and, where there is something to hold it against, the 95 % confidence interval of
-        the difference (Welch's t-test).
+        percent; how many seeds there are, if fewer than :data:`SEEDS`; and, where there is
+        something to hold it against, the 95 % confidence interval of the difference (Welch's
+        t-test).
     """
     tasks = [t for t in TASKS if any(r['task'] == t for r in results)]
     lines = [
