@@ -156,7 +156,7 @@ def measure(backbone: LaViT, images: Tensor) -> list[LayerNumbers]:
         images: Normalized images (B, C, H, W).
 
     Returns:
-        See :class:`LayerNumbers`.
+        See :class:`~mmlavit.analysis.saturation.LayerNumbers`.
     """
     meter = SaturationMeter()
     with _in_evaluation(backbone), recording(backbone, meter.see, device=None):

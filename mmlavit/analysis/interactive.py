@@ -30,8 +30,10 @@ from .contact_sheet import KINDS, PANELS, QUERY, by_stage
 from .record import LayerAttention
 from .tokens import stride_of
 
-LIMIT = 30e6  # bytes of attention in a file, unless stages are chosen
-MOST = 200e6  # and in any case; browsers fail at some more
+#: Bytes of attention in a file, unless stages are chosen.
+LIMIT = 30e6
+#: Bytes of attention in a file in any case; browsers fail at some more.
+MOST = 200e6
 PANEL, WIDE = 190, 430  # pixels: side of a layer's panel, width of the image
 RESIDUAL = ('own QK\u1d40/\u221ad', '+ brought in by AR', '= scores of layer 1')
 

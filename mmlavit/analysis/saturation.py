@@ -40,7 +40,7 @@ class LayerNumbers:
     Args:
         stage: Its stage, from 0.
         layer: Its place in the stage, from 0.
-        kind: Its kind of attention, see :class:`LayerAttention`.
+        kind: Its kind of attention, see :class:`~mmlavit.analysis.record.LayerAttention`.
         diagonality: Mean of :func:`mmlavit.analysis.measures.diagonality`.
         symmetry: Mean of :func:`mmlavit.analysis.measures.symmetry`.
         entropy: Mean of :func:`mmlavit.analysis.measures.entropy`.

@@ -65,7 +65,9 @@ def compare(
 
     Raises:
         AnalysisError: If a model or its data cannot be built, has no attention to record, or two
-            have one name; also as :func:`load_backbone` and :func:`load_images` raise.
+            have one name; also as
+            :func:`~mmlavit.analysis.backbones.load_backbone` and
+            :func:`~mmlavit.analysis.backbones.load_images` raise.
         ValueError: If ``device`` is none.
     """
     names = [model.name for model in models]
