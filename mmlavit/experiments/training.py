@@ -22,7 +22,9 @@ class _Record(Hook):
         self.curve: dict[int, float] = {}
 
     def after_val_epoch(self, runner: Runner, metrics: dict[str, float]) -> None:
-        self.curve[runner.iter] = self.scale * float(metrics[self.metric])
+        # mmdet gives nothing at all for a detector that finds nothing.
+        value = float(metrics[self.metric]) if metrics else 0.0
+        self.curve[runner.iter] = self.scale * value
 
 
 def train_variant(task: str, variant: str, seed: int, work_dir: Path) -> dict[str, Any]:
