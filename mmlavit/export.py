@@ -6,8 +6,6 @@ import importlib.util
 import os
 import tempfile
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -18,6 +16,7 @@ from torch import Tensor, nn
 from .checkpoint import strip_prefix
 from .checkpoint_file import read_weights
 from .launch import read_scope, require_package
+from .mode import in_evaluation
 
 PACKAGES = ('onnx', 'onnxscript', 'onnxruntime')
 #: Largest difference from PyTorch, in units of the largest value of a map or of 1, if that is more.
@@ -142,7 +141,7 @@ def export_onnx(
     shapes = [(2 if dynamic else 1, _channels(model), *size)]
     if dynamic:
         shapes += _other_shapes(shapes[0], generator)
-    with _in_evaluation(model), torch.no_grad():
+    with in_evaluation(model), torch.no_grad():
         example = torch.randn(shapes[0], generator=generator)
         found = model(example)
         names = ['scores'] if isinstance(found, Tensor) else [f'map{i}' for i in range(len(found))]
@@ -200,18 +199,6 @@ def _other_shapes(shape: tuple[int, ...], generator: torch.Generator) -> list[tu
         sides = torch.randint(low, most, (2,), generator=generator).add(32)
         others.append((batch, channels, *sides.tolist()))
     return others
-
-
-@contextmanager
-def _in_evaluation(model: nn.Module) -> Iterator[None]:
-    """Puts a model into evaluation mode, and each module back into its own afterwards."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
 
 
 def _record(

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import nn
 
@@ -24,3 +27,15 @@ def is_transformed() -> bool:
     """Whether ``torch.func`` transforms the code (vmap, grad, jvp), which it does op by op."""
     # What PyTorch itself asks before it applies a torch.autograd.Function.
     return torch._C._are_functorch_transforms_active()
+
+
+@contextmanager
+def in_evaluation(model: nn.Module) -> Iterator[None]:
+    """Puts a model into evaluation mode, and each module back into its own afterwards."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode

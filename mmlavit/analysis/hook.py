@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -16,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from ..backbone import LaViT
+from ..mode import in_evaluation
 from .record import recording
 from .saturation import MEASURES, SIMILARITIES, LayerNumbers, SaturationMeter
 
@@ -159,22 +158,10 @@ def measure(backbone: LaViT, images: Tensor) -> list[LayerNumbers]:
         See :class:`~mmlavit.analysis.saturation.LayerNumbers`.
     """
     meter = SaturationMeter()
-    with _in_evaluation(backbone), recording(backbone, meter.see, device=None):
+    with in_evaluation(backbone), recording(backbone, meter.see, device=None):
         backbone(images.to(backbone.patch_embed.proj.weight.dtype))
     meter.end_batch()
     return meter.numbers()
-
-
-@contextmanager
-def _in_evaluation(model: nn.Module) -> Iterator[None]:
-    """Puts a model into evaluation mode, and each module back into its own afterwards."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
 
 
 def _scalars(layers: list[LayerNumbers]) -> dict[str, float]:
