@@ -23,6 +23,7 @@ REPOSITORY_TOOLS = (
     'config_table.py',
     'attention_cost.py',
     'architecture_figures.py',
+    'experiments.py',
 )
 
 # The maintained continuation. Tried together, in this order, with torch 2.13: 0.10.12, 2.3.6,

@@ -196,6 +196,13 @@ def test_the_tool_says_in_a_line_what_is_wrong(tmp_path):
     assert "unknown experiment 'nothing'" in found.stderr
 
 
+def test_the_tool_belongs_to_the_repository(tmp_path):
+    found = run_tool('experiments.py', 'less', cwd=tmp_path)
+    assert found.returncode == 1
+    assert 'start at the top of the repository' in found.stderr.splitlines()[-1]
+    assert not list(tmp_path.iterdir())
+
+
 # ---------------------------------------------------------------------------------------------
 # The report
 # ---------------------------------------------------------------------------------------------

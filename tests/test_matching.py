@@ -113,7 +113,7 @@ def test_a_killed_run_leaves_nothing_that_looks_whole(tmp_path, monkeypatch):
     def fail(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cv2, 'imwrite', fail)
+    monkeypatch.setattr(cv2, 'imencode', fail)
     with pytest.raises(KeyboardInterrupt):
         make_matching(tmp_path / 'matching', SMALL)
     assert not list(tmp_path.iterdir())

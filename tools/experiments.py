@@ -46,9 +46,12 @@ def main() -> None:
     results_file = OUT / 'results.jsonl'
     try:
         wanted = study.trainings(args.experiments or EXPERIMENTS, args.tasks, args.seeds)
+        page = OUT / 'README.md'
+        if not page.is_file():
+            raise FileNotFoundError(f'{page} is not here; start at the top of the repository')
         if not args.report_only:
             study.run(wanted, results_file, args.jobs)
-    except (ValueError, FileExistsError, RuntimeError) as error:
+    except (ValueError, OSError, RuntimeError) as error:
         parser.exit(1, f'{parser.prog}: {error}\n')
     results = study.read_results(results_file)
     times_file = OUT / 'times.json'
@@ -59,7 +62,6 @@ def main() -> None:
         if any(r['variant'] in experiment.variants for r in results):
             print(report.draw(experiment, results, OUT / f'{name}.png'))
             print(f'{experiment.question}\n\n{report.table(experiment, results, times)}\n')
-    page = OUT / 'README.md'
     page.write_text(report.fill_in(page.read_text(), results, times))
 
 

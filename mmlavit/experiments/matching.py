@@ -142,7 +142,9 @@ def make_matching(root: Path, recipe: MatchingRecipe) -> None:
             for i in tqdm(range(count), desc=f'{root} {split}', unit='image'):
                 pictures = draw_pair(np.random.default_rng([recipe.seed, key, i]), recipe.size)
                 for folder, pixels in zip(('images', 'labels'), pictures, strict=True):
-                    cv2.imwrite(str(scratch / folder / split / f'{i:05d}.png'), pixels)
+                    # OpenCV's own writing says nothing of a disk that is full.
+                    encoded = cv2.imencode('.png', pixels)[1].tobytes()
+                    (scratch / folder / split / f'{i:05d}.png').write_bytes(encoded)
         (scratch / recipe_file.name).write_text(f'{recipe}\n')
         scratch.rename(root)
     finally:
