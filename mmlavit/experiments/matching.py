@@ -3,8 +3,8 @@
 Each image holds one disc in a white ring and, at least half an image away from it, some discs
 without. A pixel of those is labelled by whether its disc has the colour of the marked one, so what
 is to be said of a place depends on another place, which may be anywhere else. All other pixels are
-not labelled. The discs of an image have two colours, and the marked one has either: without looking
-at it nothing is better than chance, 50 %::
+not labelled. The discs of an image have two of six colours, and the marked one has either: without
+looking at it nothing is better than chance, 50 %::
 
     images/{train,val}/00000.png ...
     labels/{train,val}/00000.png ...     0 same, 1 different, 255 not labelled
@@ -23,7 +23,14 @@ from tqdm import tqdm
 
 CLASSES = ('same', 'different')
 IGNORED = 255
-COLOURS = ((60, 60, 220), (220, 120, 40))  # BGR: red and blue; the background is grey
+COLOURS = (  # BGR; the background is grey
+    (60, 60, 210),  # red
+    (60, 210, 210),  # yellow
+    (60, 210, 60),  # green
+    (210, 210, 60),  # cyan
+    (210, 60, 60),  # blue
+    (210, 60, 210),  # magenta
+)
 JITTER = 25.0  # of each channel of a disc's colour
 RADIUS = (0.08, 0.11)  # of a disc, as a share of the image side
 MARKED = (0.12, 0.15)  # of the marked disc, likewise
@@ -76,7 +83,7 @@ def draw_pair(rng: np.random.Generator, size: int) -> tuple[np.ndarray, np.ndarr
     image = np.repeat((rng.uniform(90, 160) + noise)[..., None], 3, axis=2)
     labels = np.full((size, size), IGNORED, np.uint8)
     y, x = np.mgrid[:size, :size] + 0.5
-    marked_colour, other_colour = rng.permutation(len(COLOURS))
+    marked_colour, other_colour = rng.permutation(len(COLOURS))[:2]
     # From a corner's quarter there is always room half an image away.
     radii = [size * rng.uniform(*MARKED)]
     centres = [_corner(rng, size, radii[0] + RING * size)]

@@ -151,7 +151,7 @@ TASKS = {
     'cls': Task(
         title='classification',
         config=_CONFIGS / 'lavit_n_shapes.py',
-        iterations=500,
+        iterations=800,
         metric='accuracy/top1',
         scale=1.0,
         chance=100 / 3,
@@ -162,7 +162,7 @@ TASKS = {
     'det': Task(
         title='detection (RetinaNet)',
         config=_CONFIGS / 'retinanet_lavit_n_shapes.py',
-        iterations=300,
+        iterations=400,
         metric='coco/bbox_mAP_50',
         scale=100.0,
         chance=None,
@@ -173,7 +173,7 @@ TASKS = {
     'seg': Task(
         title='segmentation (UPerNet)',
         config=_CONFIGS / 'upernet_lavit_n_shapes.py',
-        iterations=400,
+        iterations=500,
         metric='mIoU',
         scale=1.0,
         chance=None,
@@ -184,7 +184,7 @@ TASKS = {
     'match': Task(
         title='matching (long-range)',
         config=_CONFIGS / 'upernet_lavit_n_shapes.py',
-        iterations=400,
+        iterations=1000,
         metric='aAcc',
         scale=1.0,
         chance=50.0,
