@@ -6,6 +6,7 @@ import cv2
 import numpy as np
 import pytest
 
+from mmlavit.experiments import matching
 from mmlavit.experiments.matching import (
     CLASSES,
     COLOURS,
@@ -107,6 +108,13 @@ def test_what_is_there_is_not_overwritten(tmp_path):
         make_matching(tmp_path / 'matching', replace(SMALL, seed=1))
     with pytest.raises(FileExistsError, match='holds something else'):
         make_matching(tmp_path, SMALL)
+
+
+def test_files_of_another_version_are_not_taken_for_these(tmp_path, monkeypatch):
+    make_matching(tmp_path / 'matching', SMALL)
+    monkeypatch.setattr(matching, 'VERSION', matching.VERSION + 1)
+    with pytest.raises(FileExistsError, match='matching holds something else'):
+        make_matching(tmp_path / 'matching', SMALL)
 
 
 def test_a_killed_run_leaves_nothing_that_looks_whole(tmp_path, monkeypatch):

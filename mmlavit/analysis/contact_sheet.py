@@ -21,7 +21,7 @@ QUERY, GRID = '#00e5ff', 'white'
 ATTENTION, SCORES = 'inferno', 'RdBu_r'  # colour maps
 PANELS = 6  # layers beside each other; more go on further lines
 # In inches: a panel, its title, gaps, a colour bar with its ticks, the title of the sheet.
-SIDE, TITLE, GAP, BAR, HEAD, LABEL = 1.5, 0.24, 0.08, 0.55, 0.75, 0.95
+SIDE, TITLE, GAP, BAR, HEAD, LABEL = 1.5, 0.24, 0.08, 0.66, 0.75, 0.95
 
 
 def draw_sheet(

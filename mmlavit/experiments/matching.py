@@ -38,6 +38,8 @@ RING = 0.03  # width of the ring, likewise
 DISTANCE = 0.5  # between the centres of the marked disc and of any other, likewise
 TRIES = 100  # places tried for a disc before the image counts as full
 _SPLITS = ('train', 'val')
+# To be raised whenever the same recipe gives other files. Results of the old ones are then void.
+VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -133,11 +135,13 @@ def make_matching(root: Path, recipe: MatchingRecipe) -> None:
         FileExistsError: If ``root`` holds something else.
     """
     recipe_file = root / 'recipe.txt'
+    identity = f'{recipe}, version {VERSION}\n'
     if root.exists():
-        if recipe_file.is_file() and recipe_file.read_text() == f'{recipe}\n':
+        if recipe_file.is_file() and recipe_file.read_text() == identity:
             return
         raise FileExistsError(
-            f'{root} holds something else than {recipe}: move it away or choose another directory'
+            f'{root} holds something else than {identity.strip()}: '
+            'move it away or choose another directory'
         )
     scratch = root.with_name(f'{root.name}.{os.getpid()}')
     try:
@@ -152,7 +156,7 @@ def make_matching(root: Path, recipe: MatchingRecipe) -> None:
                     # OpenCV's own writing says nothing of a disk that is full.
                     encoded = cv2.imencode('.png', pixels)[1].tobytes()
                     (scratch / folder / split / f'{i:05d}.png').write_bytes(encoded)
-        (scratch / recipe_file.name).write_text(f'{recipe}\n')
+        (scratch / recipe_file.name).write_text(identity)
         scratch.rename(root)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)

@@ -90,6 +90,7 @@ VARIANTS = {
     'no-position': Variant('no position convolution', _without('position')),
     'no-mixing': Variant('attention reused as it is', _without('mixing')),
     'windows-4': Variant('windows 4', _lavit(window_sizes=(4, 4, 4, 2))),
+    'windows-14': Variant('windows 14, 14, 14, 7', _lavit(window_sizes=(14, 14, 14, 7))),
     'windows-16': Variant('windows 16: the whole map', _lavit(window_sizes=(16, 8, 4, 2))),
 }
 
@@ -121,5 +122,7 @@ EXPERIMENTS = {
     ),
     'position': Experiment('What does the position convolution buy?', ('lavit', 'no-position')),
     'mixing': Experiment('What do Psi and Theta buy?', ('lavit', 'no-mixing')),
-    'windows': Experiment('How large should windows be?', ('lavit', 'windows-4', 'windows-16')),
+    'windows': Experiment(
+        'How large should windows be?', ('lavit', 'windows-4', 'windows-14', 'windows-16')
+    ),
 }
