@@ -15,6 +15,7 @@ from mmlavit.attention import LessAttention
 from mmlavit.experiments import report, study, tasks
 from mmlavit.experiments.ablations import AblatedLaViT
 from mmlavit.experiments.matching import MatchingRecipe
+from mmlavit.experiments.study import Training
 from mmlavit.experiments.tasks import TASKS
 from mmlavit.experiments.variants import (
     EXPERIMENTS,
@@ -128,13 +129,13 @@ def small_tasks(monkeypatch, tmp_path):
     return tmp_path
 
 
-def refuse(training: tuple) -> tuple:
+def refuse(training: Training) -> tuple[Training, str]:
     return training, 'not now'
 
 
 def test_a_study_is_trained_once_and_goes_on(small_tasks, monkeypatch, capfd):
     results = small_tasks / 'out' / 'results.jsonl'
-    wanted = [('match', 'lavit', 0), ('match', 'no-mixing', 0)]
+    wanted = [Training('match', 'lavit', 0, 1e-3), Training('match', 'no-mixing', 0, 1e-3)]
     first = study.run(wanted, results)
     lines = results.read_text().splitlines()
     assert len(lines) == 2
@@ -149,7 +150,7 @@ def test_a_study_is_trained_once_and_goes_on(small_tasks, monkeypatch, capfd):
     assert [r['metric'] for r in again] == [r['metric'] for r in first]
     # Under another budget it is something else.
     monkeypatch.setitem(TASKS, 'match', replace(TASKS['match'], iterations=20))
-    with pytest.raises(RuntimeError, match='2 trainings failed: match'):
+    with pytest.raises(RuntimeError, match='2 trainings failed: match lavit seed 0 learning rate'):
         study.run(wanted, results)
     assert results.read_text().splitlines() == lines
     assert 'FAILED, not now' in capfd.readouterr().out
@@ -159,24 +160,37 @@ def test_a_study_is_trained_once_and_goes_on(small_tasks, monkeypatch, capfd):
 @pytest.mark.parametrize('task', list(TASKS))
 def test_every_variant_trains_for_every_task(small_tasks, task):
     results = small_tasks / 'results.jsonl'
-    wanted = [(task, variant, 0) for variant in VARIANTS]
+    wanted = [Training(task, variant, 0, 3e-4) for variant in VARIANTS]
     metrics = study.run(wanted, results)
-    assert [(r['task'], r['variant'], r['seed']) for r in metrics] == wanted
+    assert [(r['task'], r['variant'], r['seed'], r['rate']) for r in metrics] == wanted
 
 
 def test_equal_seeds_give_equal_trainings(small_tasks):
     TASKS['match'].make_data()
     runs = [
-        study.run([('match', 'no-diagonality', seed)], small_tasks / f'{i}.jsonl')[0]['curve']
-        for i, seed in enumerate((1, 1, 2))
+        study.run([training], small_tasks / f'{i}.jsonl')[0]['curve']
+        for i, training in enumerate(
+            Training('match', 'no-diagonality', *settings)
+            for settings in ((1, 1e-3), (1, 1e-3), (2, 1e-3), (1, 3e-4))
+        )
     ]
-    assert runs[0] == runs[1] != runs[2]
+    assert runs[0] == runs[1]
+    assert runs[2] != runs[0] != runs[3]
 
 
 def test_trainings_come_seed_by_seed_and_once():
     wanted = study.trainings(['residual', 'mixing'], ['cls', 'match'], [0, 1])
     assert len(wanted) == len(set(wanted)) == 3 * 2 * 2
-    assert [seed for _, _, seed in wanted] == [0] * 6 + [1] * 6
+    assert [training.seed for training in wanted] == [0] * 6 + [1] * 6
+    assert {training.rate for training in wanted} == {1e-3}
+
+
+def test_several_learning_rates_are_several_trainings():
+    wanted = study.trainings(['residual', 'less'], ['cls'], [0])
+    assert sorted((w.variant, w.rate) for w in wanted) == [
+        *(('lavit', 3e-4), ('lavit', 1e-3), ('no-residual', 1e-3)),
+        *(('vanilla', 3e-4), ('vanilla', 1e-3)),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -210,10 +224,15 @@ def test_the_tool_belongs_to_the_repository(tmp_path):
 # ---------------------------------------------------------------------------------------------
 
 FAKE = [
-    dict(task='cls', variant=v, seed=s, metric=m, curve={'10': m / 2, '20': m}, parameters=1500000)
+    dict(task='cls', variant=v, seed=s, rate=1e-3, metric=m, curve={'10': m / 2, '20': m})
+    | dict(parameters=1500000)
     for v, values in (('lavit', (80, 82, 84)), ('no-mixing', (70, 71, 75)))
     for s, m in enumerate(values)
 ]
+
+
+# With the lower learning rate: LaViT loses a point, the other gains five.
+FAKE_GAINS = [(r, -1 if r['variant'] == 'lavit' else 5) for r in FAKE]
 
 
 def test_the_table_has_mean_spread_and_interval():
@@ -226,6 +245,18 @@ def test_the_table_has_mean_spread_and_interval():
     error = (4 / 3 + 7 / 3) ** 0.5
     assert low == pytest.approx(-10 - 2.8605 * error, abs=0.06)
     assert high == pytest.approx(-10 + 2.8605 * error, abs=0.06)
+
+
+def test_of_several_learning_rates_the_best_counts():
+    slow = [{**r, 'rate': 3e-4, 'metric': r['metric'] + gain} for r, gain in FAKE_GAINS]
+    both = Experiment('?', ('lavit', 'no-mixing'), rates=(1e-3, 3e-4))
+    lavit, reused = report.table(both, FAKE + slow, {}).splitlines()[2:]
+    assert '82.0 ± 2.0, at 0.001 |' in lavit
+    assert '| 77.0 ± 2.6 (' in reused and '), at 0.0003 |' in reused
+    # An experiment of one rate leaves the other alone.
+    assert report.table(EXPERIMENTS['mixing'], FAKE + slow, {}) == report.table(
+        EXPERIMENTS['mixing'], FAKE, {}
+    )
 
 
 def test_equal_measurements_have_no_spread():
@@ -269,6 +300,7 @@ def test_the_committed_page_is_of_the_committed_results():
         assert f'<!-- results: {name} -->' in text
         assert (PAGE.parent / f'{name}.png').exists()
     for result in results:
+        assert any(result['rate'] in e.rates for e in EXPERIMENTS.values())
         assert result['variant'] in VARIANTS and result['task'] in TASKS
         assert result['metric'] == list(result['curve'].values())[-1]
         assert result['iterations'] == TASKS[result['task']].iterations

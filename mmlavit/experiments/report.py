@@ -28,9 +28,9 @@ def table(experiment: Experiment, results: list[dict[str, Any]], times: dict[str
 
     Returns:
         Markdown. For each variant and task the mean and the standard deviation over the seeds, in
-        percent; how many seeds there are, if fewer than :data:`SEEDS`; and, where there is
-        something to hold it against, the 95 % confidence interval of the difference (Welch's
-        t-test).
+        percent; how many seeds there are, if fewer than :data:`SEEDS`; where there is something to
+        hold it against, the 95 % confidence interval of the difference (Welch's t-test); and the
+        learning rate, if it is the best of several.
     """
     tasks = [t for t in TASKS if any(r['task'] == t for r in results)]
     lines = [
@@ -48,13 +48,36 @@ def table(experiment: Experiment, results: list[dict[str, Any]], times: dict[str
             f'{times[variant]:.2f}' if variant in times else '–',
         ]
         for task in tasks:
-            values, base = (
-                [r['metric'] for r in results if r['task'] == task and r['variant'] == v]
-                for v in (variant, first)
-            )
-            cells.append(_cell(values, [] if variant == first else base))
+            at_best, base = (at_best_rate(experiment, results, task, v) for v in (variant, first))
+            values = [r['metric'] for r in at_best]
+            cell = _cell(values, [] if variant == first else [r['metric'] for r in base])
+            if values and len(experiment.rates) > 1:
+                cell += f', at {at_best[0]["rate"]:g}'
+            cells.append(cell)
         lines.append(f'| {" | ".join(cells)} |')
     return '\n'.join(lines)
+
+
+def at_best_rate(
+    experiment: Experiment, results: list[dict[str, Any]], task: str, variant: str
+) -> list[dict[str, Any]]:
+    """Results of a variant in a task, one for each seed.
+
+    Args:
+        experiment: Says which learning rates count.
+        results: As for :func:`table`.
+        task: Name of the task.
+        variant: Name of the variant.
+
+    Returns:
+        Those of the learning rate whose mean is the highest; none, if there are none.
+    """
+    by_rate = {
+        rate: [r for r in results if (r['task'], r['variant'], r['rate']) == (task, variant, rate)]
+        for rate in experiment.rates
+    }
+    present = [found for found in by_rate.values() if found]
+    return max(present, key=lambda f: statistics.mean(r['metric'] for r in f), default=[])
 
 
 def _cell(values: list[float], base: list[float]) -> str:
@@ -109,7 +132,7 @@ def draw(experiment: Experiment, results: list[dict[str, Any]], out: Path) -> Pa
     )
     for panel, task in zip(panels[0], tasks, strict=True):
         for variant in experiment.variants:
-            curves = [r['curve'] for r in results if r['task'] == task and r['variant'] == variant]
+            curves = [r['curve'] for r in at_best_rate(experiment, results, task, variant)]
             if not curves:
                 continue
             steps = [int(step) for step in curves[0]]

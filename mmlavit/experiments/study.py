@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -19,10 +19,22 @@ from .variants import EXPERIMENTS, register_backbones
 WORK_DIR = Path('work_dirs/experiments')
 
 
+class Training(NamedTuple):
+    """What is trained, and how; the names are those of results."""
+
+    task: str
+    variant: str
+    seed: int
+    rate: float
+
+    def __str__(self) -> str:
+        return f'{self.task} {self.variant} seed {self.seed} learning rate {self.rate:g}'
+
+
 def trainings(
     experiments: Iterable[str], tasks: Iterable[str], seeds: Iterable[int]
-) -> list[tuple[str, str, int]]:
-    """What experiments ask for: (task, variant, seed), each once.
+) -> list[Training]:
+    """What experiments ask for, each training once.
 
     Args:
         experiments: Names in :data:`~mmlavit.experiments.variants.EXPERIMENTS`.
@@ -40,8 +52,9 @@ def trainings(
         for name in names:
             if name not in known:
                 raise ValueError(f'unknown {kind} {name!r}; there are {", ".join(known)}')
-    variants = dict.fromkeys(v for e in experiments for v in EXPERIMENTS[e].variants)
-    return [(t, v, s) for s in seeds for t in tasks for v in variants]
+    chosen = [EXPERIMENTS[name] for name in experiments]
+    pairs = dict.fromkeys((v, rate) for e in chosen for rate in e.rates for v in e.variants)
+    return [Training(t, v, s, rate) for s in seeds for t in tasks for v, rate in pairs]
 
 
 def read_results(path: Path) -> list[dict[str, Any]]:
@@ -51,7 +64,7 @@ def read_results(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def run(wanted: list[tuple[str, str, int]], results: Path, jobs: int = 2) -> list[dict[str, Any]]:
+def run(wanted: list[Training], results: Path, jobs: int = 2) -> list[dict[str, Any]]:
     """Train what is not among the results yet.
 
     Each training has a process and a core of its own, so its numbers do not depend on what runs
@@ -72,10 +85,10 @@ def run(wanted: list[tuple[str, str, int]], results: Path, jobs: int = 2) -> lis
     """
     if jobs < 1:
         raise ValueError(f'jobs must be at least 1, got {jobs}')
-    for task in dict.fromkeys(task for task, _, _ in wanted):
+    for task in dict.fromkeys(w.task for w in wanted):
         TASKS[task].make_data()
     done = {_key(r): r for r in read_results(results)}
-    missing = [w for w in wanted if (*w, TASKS[w[0]].iterations) not in done]
+    missing = [w for w in wanted if (w, TASKS[w.task].iterations) not in done]
     print(f'{len(wanted)} trainings, {len(wanted) - len(missing)} of them done before', flush=True)
     failed = []
     if missing:
@@ -84,23 +97,22 @@ def run(wanted: list[tuple[str, str, int]], results: Path, jobs: int = 2) -> lis
         # Forked processes have all imports done; a new one for each training shares nothing.
         context = multiprocessing.get_context('fork')
         with context.Pool(jobs, maxtasksperchild=1) as pool:
-            for i, (key, result) in enumerate(pool.imap_unordered(_train, missing), 1):
-                name = '{} {} seed {}'.format(*key)
+            for i, (training, result) in enumerate(pool.imap_unordered(_train, missing), 1):
                 if isinstance(result, str):
-                    failed.append(name)
-                    print(f'{i}/{len(missing)} {name}: FAILED, {result}', flush=True)
+                    failed.append(str(training))
+                    print(f'{i}/{len(missing)} {training}: FAILED, {result}', flush=True)
                     continue
                 with results.open('a') as file:
                     file.write(json.dumps(result) + '\n')
                 done[_key(result)] = result
-                print(f'{i}/{len(missing)} {name}: {result["metric"]:.1f}', flush=True)
+                print(f'{i}/{len(missing)} {training}: {result["metric"]:.1f}', flush=True)
     if failed:
         raise RuntimeError(f'{len(failed)} trainings failed: {", ".join(failed)}')
-    return [done[(*w, TASKS[w[0]].iterations)] for w in wanted]
+    return [done[w, TASKS[w.task].iterations] for w in wanted]
 
 
-def _key(result: dict[str, Any]) -> tuple[str, str, int, int]:
-    return result['task'], result['variant'], result['seed'], result['iterations']
+def _key(result: dict[str, Any]) -> tuple[Training, int]:
+    return Training(*(result[name] for name in Training._fields)), result['iterations']
 
 
 def _import_toolboxes() -> None:
@@ -109,16 +121,15 @@ def _import_toolboxes() -> None:
     import mmseg.models  # noqa: F401
 
 
-def _train(key: tuple[str, str, int]) -> tuple[tuple[str, str, int], dict[str, Any] | str]:
+def _train(training: Training) -> tuple[Training, dict[str, Any] | str]:
     """Train in a process of its own, its output in a file; an error comes back as a line."""
     torch.set_num_threads(1)
-    task, variant, seed = key
-    work_dir = WORK_DIR / task / f'{variant}-{seed}'
+    work_dir = WORK_DIR / training.task / f'{training.variant}-{training.seed}-{training.rate:g}'
     work_dir.mkdir(parents=True, exist_ok=True)
     with (work_dir / 'output.log').open('w') as log:
         os.dup2(log.fileno(), sys.stdout.fileno())
         os.dup2(log.fileno(), sys.stderr.fileno())
         try:
-            return key, train_variant(task, variant, seed, work_dir)
+            return training, train_variant(*training, work_dir)
         except Exception as error:
-            return key, f'{type(error).__name__}: {error} (see {log.name})'
+            return training, f'{type(error).__name__}: {error} (see {log.name})'

@@ -195,13 +195,14 @@ TASKS = {
 }
 
 
-def build_config(task: Task, variant: Variant, seed: int, work_dir: Path) -> Config:
+def build_config(task: Task, variant: Variant, seed: int, rate: float, work_dir: Path) -> Config:
     """The config of one training.
 
     Args:
         task: What to train for.
         variant: The backbone.
         seed: Seed of weights, shuffling and augmentation.
+        rate: The largest learning rate.
         work_dir: Where MMEngine writes its logs.
 
     Returns:
@@ -233,7 +234,7 @@ def build_config(task: Task, variant: Variant, seed: int, work_dir: Path) -> Con
             optim_wrapper=dict(
                 _delete_=True,
                 type='OptimWrapper',
-                optimizer=dict(type='AdamW', lr=1e-3, weight_decay=0.05),
+                optimizer=dict(type='AdamW', lr=rate, weight_decay=0.05),
                 clip_grad=dict(max_norm=5.0),
                 paramwise_cfg=paramwise,
             ),

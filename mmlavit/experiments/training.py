@@ -27,25 +27,29 @@ class _Record(Hook):
         self.curve[runner.iter] = self.scale * value
 
 
-def train_variant(task: str, variant: str, seed: int, work_dir: Path) -> dict[str, Any]:
+def train_variant(
+    task: str, variant: str, seed: int, rate: float, work_dir: Path
+) -> dict[str, Any]:
     """Train once and measure on held-out images.
 
     Args:
         task: Name in :data:`~mmlavit.experiments.tasks.TASKS`, whose data must be there.
         variant: Name in :data:`~mmlavit.experiments.variants.VARIANTS`.
         seed: Seed of weights, shuffling and augmentation.
+        rate: The largest learning rate.
         work_dir: Where MMEngine writes its logs.
 
     Returns:
-        ``task``, ``variant``, ``seed``, ``iterations``, the ``curve`` of the task's metric in
-        percent over iterations, its last value as ``metric``, and ``parameters`` of the backbone.
+        ``task``, ``variant``, ``seed``, ``rate``, ``iterations``, the ``curve`` of the task's
+        metric in percent over iterations, its last value as ``metric``, ``parameters`` of the
+        backbone, and the version of ``torch``.
 
     Raises:
         KeyError: If a name is unknown.
     """
     register_backbones()
     chosen = TASKS[task]
-    cfg = build_config(chosen, VARIANTS[variant], seed, work_dir)
+    cfg = build_config(chosen, VARIANTS[variant], seed, rate, work_dir)
     record = _Record(chosen.metric, chosen.scale)
     # Another training in this process may have left its toolbox's scope behind.
     with DefaultScope.overwrite_default_scope(cfg.default_scope):
@@ -57,6 +61,7 @@ def train_variant(task: str, variant: str, seed: int, work_dir: Path) -> dict[st
         'task': task,
         'variant': variant,
         'seed': seed,
+        'rate': rate,
         'iterations': max(record.curve),
         'metric': record.curve[max(record.curve)],
         'curve': record.curve,

@@ -102,17 +102,23 @@ class Experiment:
     Args:
         question: One sentence.
         variants: Names in :data:`VARIANTS`, the one that the others are held against first.
+        rates: Learning rates. Of several, each variant gets the one that suits it best.
     """
 
     question: str
     variants: tuple[str, ...]
+    rates: tuple[float, ...] = (1e-3,)
 
 
 #: By name, what is asked.
 EXPERIMENTS = {
-    'less': Experiment('Does less attention cost accuracy?', ('vanilla', 'lavit')),
+    'less': Experiment(
+        'Does less attention cost accuracy?', ('vanilla', 'lavit'), rates=(1e-3, 3e-4)
+    ),
     'peers': Experiment(
-        'How does LaViT do beside a Swin and a ResNet of like size?', ('lavit', 'swin', 'resnet')
+        'How does LaViT do beside a Swin and a ResNet of like size?',
+        ('lavit', 'swin', 'resnet'),
+        rates=(1e-3, 3e-4),  # with the first alone, Swin would not learn to classify at all
     ),
     'residual': Experiment(
         'What does passing scores on from stage to stage buy?', ('lavit', 'no-residual')
