@@ -239,12 +239,18 @@ def test_the_table_has_mean_spread_and_interval():
     found = report.table(EXPERIMENTS['mixing'], FAKE, {'lavit': 1.0, 'no-mixing': 0.9})
     lavit, reused = found.splitlines()[2:]
     assert lavit == '| LaViT (windows 8) | 1.50 | 1.00 | 82.0 ± 2.0 |'
-    # Welch's interval by hand: a = 82, 2, b = 72, sqrt(7); 3.72 degrees of freedom, t = 2.8605.
+    # By hand: differences of -10, -11 and -9; two degrees of freedom, t = 4.3027.
     assert reused.startswith('| attention reused as it is | 1.50 | 0.90 | 72.0 ± 2.6 (')
     low, high = map(float, re.search(r'\(([-+.\d]+) to ([-+.\d]+)\)', reused).groups())
-    error = (4 / 3 + 7 / 3) ** 0.5
-    assert low == pytest.approx(-10 - 2.8605 * error, abs=0.06)
-    assert high == pytest.approx(-10 + 2.8605 * error, abs=0.06)
+    assert low == pytest.approx(-10 - 4.3027 / 3**0.5, abs=0.06)
+    assert high == pytest.approx(-10 + 4.3027 / 3**0.5, abs=0.06)
+
+
+def test_a_difference_is_that_of_the_same_seeds():
+    mixed = [r for r in FAKE[::-1] if (r['variant'], r['seed']) != ('lavit', 2)]
+    reused = report.table(EXPERIMENTS['mixing'], mixed, {}).splitlines()[3]
+    # -10 and -11; one degree of freedom, t = 12.706.
+    assert f'({-10.5 - 12.706 / 2:+.1f} to {-10.5 + 12.706 / 2:+.1f})' in reused
 
 
 def test_of_several_learning_rates_the_best_counts():
@@ -260,7 +266,7 @@ def test_of_several_learning_rates_the_best_counts():
 
 
 def test_equal_measurements_have_no_spread():
-    assert report.difference([50.0, 50.0], [40.0, 40.0]) == (10.0, 10.0)
+    assert report.difference([10.0, 10.0]) == (10.0, 10.0)
 
 
 def test_one_seed_has_no_interval():
