@@ -88,7 +88,21 @@ def test_nothing_taken_out_is_lavit():
     assert cut.stages[1].attention_residual is not None
 
 
-@pytest.mark.parametrize('part', ['attention_residual', 'position', 'mixing'])
+def test_a_position_convolution_from_zero_does_nothing_yet():
+    torch.manual_seed(0)
+    start = AblatedLaViT(arch=ARCH, position_from_zero=True)
+    start.init_weights()
+    none = AblatedLaViT(arch=ARCH, position=False)
+    none.load_state_dict(start.state_dict(), strict=False)
+    image = torch.randn(1, 3, 40, 50)
+    for a, b in zip(start.eval()(image), none.eval()(image), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+    # It learns all the same.
+    sum(out.square().mean() for out in start(image)).backward()
+    assert all(block.pos_conv.weight.grad.any() for s in start.stages for block in s.blocks)
+
+
+@pytest.mark.parametrize('part', ['attention_residual', 'position', 'position_from_zero', 'mixing'])
 def test_a_switch_is_a_bool(part):
     with pytest.raises(TypeError, match=f'{part} must be True or False, got 0'):
         AblatedLaViT(arch=ARCH, **{part: 0})

@@ -41,6 +41,8 @@ class AblatedLaViT(LaViT):
     Args:
         attention_residual: Whether scores are passed on from stage to stage (equations 6 and 7).
         position: Whether each layer begins with the position convolution.
+        position_from_zero: Whether the position convolutions start with weights of 0; without, as
+            LaViT's do, with weights that make random features of a token's neighbours.
         mixing: Whether less attention has ``Psi`` and ``Theta`` (equation 5); without, scores are
             used again as they are.
         kwargs: Arguments of :class:`~mmlavit.backbone.LaViT`.
@@ -54,12 +56,14 @@ class AblatedLaViT(LaViT):
         self,
         attention_residual: bool = True,
         position: bool = True,
+        position_from_zero: bool = False,
         mixing: bool = True,
         **kwargs: object,
     ) -> None:
         for name, value in (
             ('attention_residual', attention_residual),
             ('position', position),
+            ('position_from_zero', position_from_zero),
             ('mixing', mixing),
         ):
             if not isinstance(value, bool):
@@ -69,6 +73,9 @@ class AblatedLaViT(LaViT):
             if not attention_residual:
                 stage.attention_residual = None
             for block in stage.blocks:
+                if position_from_zero:
+                    nn.init.zeros_(block.pos_conv.weight)
+                    nn.init.zeros_(block.pos_conv.bias)
                 if not position:
                     block.pos_conv = NoPosition()
                 if not mixing and isinstance(block.attn, LessAttention):

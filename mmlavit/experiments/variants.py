@@ -88,6 +88,10 @@ VARIANTS = {
     'no-residual': Variant('no attention residual', _without('attention_residual')),
     'no-diagonality': Variant('no diagonality loss', _lavit(), diagonality=False),
     'no-position': Variant('no position convolution', _without('position')),
+    'position-from-zero': Variant(
+        'position convolution from 0',
+        {**_lavit(), 'type': 'AblatedLaViT', 'position_from_zero': True},
+    ),
     'no-mixing': Variant('attention reused as it is', _without('mixing')),
     'windows-4': Variant('windows 4', _lavit(window_sizes=(4, 4, 4, 2))),
     'windows-14': Variant('windows 14, 14, 14, 7', _lavit(window_sizes=(14, 14, 14, 7))),
@@ -126,7 +130,10 @@ EXPERIMENTS = {
     'diagonality': Experiment(
         'What does the diagonality preserving loss buy?', ('lavit', 'no-diagonality')
     ),
-    'position': Experiment('What does the position convolution buy?', ('lavit', 'no-position')),
+    'position': Experiment(
+        'What does the position convolution buy, and how should it start?',
+        ('lavit', 'no-position', 'position-from-zero'),
+    ),
     'mixing': Experiment('What do Psi and Theta buy?', ('lavit', 'no-mixing')),
     'windows': Experiment(
         'How large should windows be?', ('lavit', 'windows-4', 'windows-14', 'windows-16')
