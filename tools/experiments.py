@@ -60,7 +60,8 @@ def main() -> None:
     times = json.loads(times_file.read_text()) if times_file.exists() else {}
     for name, experiment in EXPERIMENTS.items():
         if any(r['variant'] in experiment.variants for r in results):
-            print(report.draw(experiment, results, OUT / f'{name}.png'))
+            if not experiment.rates:
+                print(report.draw(experiment, results, OUT / f'{name}.png'))
             print(f'{experiment.question}\n\n{report.table(experiment, results, times)}\n')
     page.write_text(report.fill_in(page.read_text(), results, times))
 

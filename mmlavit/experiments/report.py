@@ -29,10 +29,12 @@ def table(experiment: Experiment, results: list[dict[str, Any]], times: dict[str
     Returns:
         Markdown. For each variant and task the mean and the standard deviation over the seeds, in
         percent; how many seeds there are, if fewer than :data:`SEEDS`; where there is something to
-        hold it against, the 95 % confidence interval of the difference (see :func:`difference`);
-        and the learning rate, if it is the best of several.
+        hold it against, the 95 % confidence interval of the difference (see :func:`difference`).
+        For an experiment on learning rates, what each came to with the first seed.
     """
     tasks = [t for t in TASKS if any(r['task'] == t for r in results)]
+    if experiment.rates:
+        return _rates_table(experiment, results, tasks)
     lines = [
         '| | parameters M | step | ' + ' | '.join(TASKS[t].title for t in tasks) + ' |',
         '|---' * (len(tasks) + 3) + '|',
@@ -48,35 +50,35 @@ def table(experiment: Experiment, results: list[dict[str, Any]], times: dict[str
             f'{times[variant]:.2f}' if variant in times else '–',
         ]
         for task in tasks:
-            at_best, base = (at_best_rate(experiment, results, task, v) for v in (variant, first))
-            cell = _cell(at_best, [] if variant == first else base)
-            if at_best and len(experiment.rates) > 1:
-                cell += f', at {at_best[0]["rate"]:g}'
-            cells.append(cell)
+            base = [] if variant == first else _of(results, task, first)
+            cells.append(_cell(_of(results, task, variant), base))
         lines.append(f'| {" | ".join(cells)} |')
     return '\n'.join(lines)
 
 
-def at_best_rate(
-    experiment: Experiment, results: list[dict[str, Any]], task: str, variant: str
-) -> list[dict[str, Any]]:
-    """Results of a variant in a task, one for each seed.
+def _of(results: list[dict[str, Any]], task: str, variant: str) -> list[dict[str, Any]]:
+    """Results of a variant in a task with its own learning rate, one for each seed."""
+    wanted = task, variant, VARIANTS[variant].rate(task)
+    return [r for r in results if (r['task'], r['variant'], r['rate']) == wanted]
 
-    Args:
-        experiment: Says which learning rates count.
-        results: As for :func:`table`.
-        task: Name of the task.
-        variant: Name of the variant.
 
-    Returns:
-        Those of the learning rate whose mean is the highest; none, if there are none.
-    """
-    by_rate = {
-        rate: [r for r in results if (r['task'], r['variant'], r['rate']) == (task, variant, rate)]
-        for rate in experiment.rates
-    }
-    present = [found for found in by_rate.values() if found]
-    return max(present, key=lambda f: statistics.mean(r['metric'] for r in f), default=[])
+def _rates_table(experiment: Experiment, results: list[dict[str, Any]], tasks: list[str]) -> str:
+    """Learning rates side by side, with the first seed."""
+    first = min(r['seed'] for r in results)
+    found = {(r['task'], r['variant'], r['rate']): r for r in results if r['seed'] == first}
+    lines = [
+        f'| {" / ".join(f"{rate:g}" for rate in experiment.rates)} | '
+        + ' | '.join(TASKS[t].title for t in tasks)
+        + ' |',
+        '|---' * (len(tasks) + 1) + '|',
+    ]
+    for variant in experiment.variants:
+        cells = [VARIANTS[variant].title]
+        for task in tasks:
+            at = [found.get((task, variant, rate)) for rate in experiment.rates]
+            cells.append(' / '.join(f'{r["metric"]:.1f}' if r else '–' for r in at))
+        lines.append(f'| {" | ".join(cells)} |')
+    return '\n'.join(lines)
 
 
 def _cell(results: list[dict[str, Any]], base: list[dict[str, Any]]) -> str:
@@ -135,7 +137,7 @@ def draw(experiment: Experiment, results: list[dict[str, Any]], out: Path) -> Pa
     )
     for panel, task in zip(panels[0], tasks, strict=True):
         for variant in experiment.variants:
-            curves = [r['curve'] for r in at_best_rate(experiment, results, task, variant)]
+            curves = [r['curve'] for r in _of(results, task, variant)]
             if not curves:
                 continue
             steps = [int(step) for step in curves[0]]

@@ -14,7 +14,7 @@ import torch
 
 from .tasks import TASKS
 from .training import train_variant
-from .variants import EXPERIMENTS, register_backbones
+from .variants import EXPERIMENTS, VARIANTS, register_backbones
 
 WORK_DIR = Path('work_dirs/experiments')
 
@@ -52,9 +52,18 @@ def trainings(
         for name in names:
             if name not in known:
                 raise ValueError(f'unknown {kind} {name!r}; there are {", ".join(known)}')
-    chosen = [EXPERIMENTS[name] for name in experiments]
-    pairs = dict.fromkeys((v, rate) for e in chosen for rate in e.rates for v in e.variants)
-    return [Training(t, v, s, rate) for s in seeds for t in tasks for v, rate in pairs]
+    seeds, chosen = list(seeds), [EXPERIMENTS[name] for name in experiments]
+    wanted = [
+        Training(task, name, seed, rate)
+        for seed in seeds
+        for task in tasks
+        for experiment in chosen
+        for name in experiment.variants
+        if VARIANTS[name].tasks is None or task in VARIANTS[name].tasks
+        for rate in experiment.rates or [VARIANTS[name].rate(task)]
+        if seed == seeds[0] or not experiment.rates
+    ]
+    return list(dict.fromkeys(wanted))
 
 
 def read_results(path: Path) -> list[dict[str, Any]]:
