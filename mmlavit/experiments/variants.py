@@ -135,7 +135,11 @@ EXPERIMENTS = {
         ('lavit', 'vanilla', 'swin', 'resnet'),
         rates=(1e-3, 3e-4),
     ),
-    'less': Experiment('Does less attention cost accuracy?', ('vanilla', 'lavit')),
+    'less': Experiment(
+        # The twin has no layers for the diagonality loss, so LaViT is also there without it.
+        'Does less attention cost accuracy?',
+        ('vanilla', 'lavit', 'no-diagonality'),
+    ),
     'peers': Experiment(
         'How does LaViT do beside a Swin and a ResNet of like size?', ('lavit', 'swin', 'resnet')
     ),
