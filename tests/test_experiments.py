@@ -211,7 +211,7 @@ def test_learning_rates_are_compared_with_the_first_seed(monkeypatch):
 
 def test_a_variant_is_trained_for_its_tasks_alone():
     wanted = study.trainings(['windows'], list(TASKS), [0])
-    assert {w.task for w in wanted if w.variant == 'windows-14'} == {'cls', 'det'}
+    assert {w.task for w in wanted if w.variant == 'windows-14'} == {'cls', 'det', 'seg'}
     assert {w.task for w in wanted if w.variant == 'windows-4'} == set(TASKS)
 
 
