@@ -114,7 +114,7 @@ def test_variants_are_of_like_size():
         name: sum(p.numel() for p in MODELS.build(dict(v.backbone)).parameters())
         for name, v in VARIANTS.items()
     }
-    # Psi and Theta of windows of 14 are nine times as large.
+    # Psi and Theta of windows of 14 are nine times as large and, in stages 3 and 4, more.
     assert 1.15 < sizes.pop('windows-14') / sizes['lavit'] < 1.35
     for name, size in sizes.items():
         assert 0.85 < size / sizes['lavit'] < 1.15, (name, sizes)

@@ -100,8 +100,9 @@ def _cell(results: list[dict[str, Any]], base: list[dict[str, Any]]) -> str:
 def difference(gaps: list[float]) -> tuple[float, float]:
     """95 % confidence interval of a mean difference, by the t-test for pairs.
 
-    Trainings of one seed have the same order of images and, but for what differs, the same first
-    weights. Some seeds are lucky, for all variants alike; pairs are free of that.
+    Trainings of one seed have the same order of images and, where parts are taken out or windows
+    changed, a backbone with the same first weights. Some seeds are lucky, for all variants alike;
+    pairs are free of that.
 
     Args:
         gaps: The difference of each of at least two seeds.
