@@ -1,9 +1,12 @@
 """What the packages around mmlavit get wrong, and what it says when one is missing."""
 
+import gc
 import importlib
 import importlib.metadata
 import importlib.util
+import pickle
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -78,6 +81,39 @@ def repair_torchvision() -> bool:
     _declarations.append(library)
     importlib.import_module('torchvision')
     return True
+
+
+def import_yapf() -> None:
+    """Import yapf, with which MMEngine formats configs, even where the cache of yapf is torn.
+
+    On import yapf reads its grammar from a file in the user's cache, and where that is missing or
+    older than yapf it writes the file in place. Whoever reads it meanwhile fails
+    (google/yapf#1204), such as processes of torchrun in a new environment; and if the writer was
+    killed, all who come later. Here the grammar is then made anew, which takes a few
+    hundredths of a second, and the file is left to who writes it.
+    """
+    try:
+        importlib.import_module('yapf')
+    except (EOFError, pickle.UnpicklingError):
+        # The failed import leaves submodules behind.
+        for name in [name for name in sys.modules if name.split('.')[0] == 'yapf']:
+            del sys.modules[name]
+        driver = importlib.import_module('yapf_third_party._ylib2to3.pgen2.driver')
+        driver.load_grammar = partial(driver.load_grammar, force=True, save=False)
+        importlib.import_module('yapf')
+
+
+def leave_process_group() -> None:
+    """Leave the process group that this process joined, if any, as torch asks for.
+
+    The scripts of the toolboxes do not. Then a thread of gloo that lets go of a tensor while Python
+    shuts down aborts the process (pytorch/pytorch#190489), and torchrun calls a training failed
+    that has come to its end. The thread ends with the group, which lives as long as a wrapped
+    model; that is part of reference cycles.
+    """
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        gc.collect()
+        torch.distributed.destroy_process_group()
 
 
 def repair_config_bases() -> None:

@@ -29,6 +29,7 @@ from torch.utils.data import DataLoader
 from mmlavit import AttentionVisualizationHook, LaViT
 from mmlavit.analysis.measures import symmetry
 from mmlavit.analysis.record import recording
+from mmlavit.compat import leave_process_group
 
 SIZE = 64
 STEPS = 6
@@ -287,7 +288,8 @@ def train_in_one_of_two(rank: int, folder: Path, port: int) -> None:
         runner = train(folder / name, MMDistributedDataParallel(toy()), *hooks, **settings)
         found.append(runner.model.module.state_dict())
     torch.save(found, folder / f'{rank}.pth')
-    dist.destroy_process_group()
+    del runner
+    leave_process_group()
 
 
 @pytest.mark.slow

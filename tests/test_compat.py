@@ -137,6 +137,27 @@ assert compat.repair_torchvision() is False
     )
 
 
+@pytest.mark.parametrize('kept', [0.0, 0.5, 0.99])
+def test_yapf_is_imported_where_its_cache_is_torn(tmp_path: Path, monkeypatch, kept: float) -> None:
+    monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
+    passes('import yapf')
+    caches = {path: path.read_bytes() for path in tmp_path.rglob('*.pickle')}
+    assert len(caches) == 2
+    for path, content in caches.items():
+        path.write_bytes(content[: int(kept * len(content))])
+    assert 'yapf' in run('import yapf').stderr  # the traceback of a failed import
+    passes(f"""{LOAD}
+compat.import_yapf()
+from yapf.yapflib.yapf_api import FormatCode
+assert FormatCode('a =   3')[0] == 'a = 3\\n'
+""")
+
+
+def test_other_errors_of_yapf_are_passed_on(tmp_path: Path) -> None:
+    (tmp_path / 'yapf.py').write_text("raise RuntimeError('no such grammar')")
+    assert 'RuntimeError: no such grammar' in run(f'{LOAD}\ncompat.import_yapf()', tmp_path).stderr
+
+
 def test_healthy_torchvision_is_left_as_it_is(tmp_path: Path) -> None:
     # A healthy one declares its operators itself; declared twice, this would fail.
     source = """

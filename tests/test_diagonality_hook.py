@@ -35,7 +35,7 @@ from torch.utils.data import DataLoader
 
 from mmlavit import DiagonalityLossHook, diagonality_preserving_loss
 from mmlavit.attention import LessAttention
-from mmlavit.compat import repair_torchvision
+from mmlavit.compat import leave_process_group, repair_torchvision
 
 # Less-attention layers per stage: 1, 2, 1, 1.
 ARCH = {**SMALL, 'depths': (2, 3, 2, 2), 'vanilla_depths': (1, 1, 1, 1)}
@@ -470,7 +470,8 @@ def train_one_of_two(rank: int, folder: Path) -> None:
     runner.train()
     assert isinstance(runner.model, MMDistributedDataParallel)
     torch.save(runner.model.module.state_dict(), folder / f'{rank}.pth')
-    torch.distributed.destroy_process_group()
+    del runner
+    leave_process_group()
 
 
 def test_through_ddp(tmp_path):

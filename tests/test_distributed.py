@@ -24,7 +24,7 @@ from torch.distributed.fsdp import FullStateDictConfig, LocalStateDictConfig, St
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 
 from mmlavit import DiagonalityLossHook, wrap_lavit_blocks
-from mmlavit.compat import repair_torchvision
+from mmlavit.compat import leave_process_group, repair_torchvision
 
 WORLD = 2
 LOCAL_BATCH = 2
@@ -224,7 +224,7 @@ def run_cases(rank: int, folder: Path, port: int) -> None:
             found[name] = traceback.format_exc()
             break
     torch.save(found, folder / f'{rank}.pth')
-    dist.destroy_process_group()
+    leave_process_group()
 
 
 @pytest.fixture(scope='module')

@@ -392,17 +392,36 @@ def test_slurm_launcher_is_the_originals(tmp_path):
     assert result.returncode == 1 and "KeyError: 'SLURM_PROCID'" in result.stderr
 
 
+# At the end of a process, what is left of its process group: a gloo thread that still runs while
+# Python shuts down may abort it.
+PROBE = """
+import atexit
+from pathlib import Path
+import os
+
+import torch
+
+def note():
+    threads = [path.read_text().strip() for path in Path('/proc/self/task').glob('*/comm')]
+    left = [torch.distributed.is_initialized(), [name for name in threads if 'gloo' in name]]
+    Path(f'left-{os.environ["RANK"]}').write_text(repr(left))
+
+atexit.register(note)
+"""
+
+
 @pytest.mark.slow
 def test_torchrun(tmp_path):
     """Two processes on the CPU share the images, and ``loss_dp`` comes through DDP."""
+    (tmp_path / 'probe.py').write_text(PROBE)
     # MMEngine's launcher calls torch.cuda.set_device on any machine, and gives DDP a GPU unless it
     # is told how to wrap the model.
     shim = 'import torch\n\ntorch.cuda.set_device = lambda device: None\n'
     if not torch.cuda.is_available():
         (tmp_path / 'without_cuda.py').write_text(shim)
-        imports = "['mmlavit', 'without_cuda']"
+        imports = "['mmlavit', 'probe', 'without_cuda']"
     else:
-        imports = "['mmlavit']"
+        imports = "['mmlavit', 'probe']"
     config = write_config(
         tmp_path / 'config.py',
         None,
@@ -428,3 +447,4 @@ def test_torchrun(tmp_path):
     assert len(steps) == 2 * 16 // (2 * 2)
     assert all(0 < step['loss_dp'] < step['loss'] < 100 for step in steps)
     assert (tmp_path / 'run' / 'epoch_2.pth').is_file()
+    assert [(tmp_path / f'left-{rank}').read_text() for rank in (0, 1)] == ['[False, []]'] * 2
