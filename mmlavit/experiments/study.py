@@ -6,12 +6,14 @@ import json
 import multiprocessing
 import os
 import sys
+import traceback
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
+from ..compat import import_yapf
 from .tasks import TASKS
 from .training import train_variant
 from .variants import EXPERIMENTS, VARIANTS, register_backbones
@@ -59,7 +61,6 @@ def trainings(
         for task in tasks
         for experiment in chosen
         for name in experiment.variants
-        if VARIANTS[name].tasks is None or task in VARIANTS[name].tasks
         for rate in experiment.rates or [VARIANTS[name].rate(task)]
         if seed == seeds[0] or not experiment.rates
     ]
@@ -67,10 +68,24 @@ def trainings(
 
 
 def read_results(path: Path) -> list[dict[str, Any]]:
-    """Results written by :func:`run`, one for each training; none where there is no file."""
+    """Read what :func:`run` has written.
+
+    Args:
+        path: File of results.
+
+    Returns:
+        One for each training; none where there is no file. Those with another budget or of other
+        data than the tasks' now are not among them.
+    """
     if not path.exists():
         return []
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    results = [json.loads(line) for line in path.read_text().splitlines()]
+    return [
+        r
+        for r in results
+        if (task := TASKS.get(r['task']))
+        and (r['iterations'], r['data']) == (task.iterations, task.data)
+    ]
 
 
 def run(wanted: list[Training], results: Path, jobs: int = 2) -> list[dict[str, Any]]:
@@ -82,7 +97,8 @@ def run(wanted: list[Training], results: Path, jobs: int = 2) -> list[dict[str, 
     Args:
         wanted: Trainings as from :func:`trainings`.
         results: File of results, a JSON object a line. A result is added as soon as it is there;
-            those with another budget than the task's now are left alone and trained again.
+            those with another budget or of other data than the task's now are left alone, and
+            trained again.
         jobs: Trainings at a time.
 
     Returns:
@@ -97,7 +113,7 @@ def run(wanted: list[Training], results: Path, jobs: int = 2) -> list[dict[str, 
     for task in dict.fromkeys(w.task for w in wanted):
         TASKS[task].make_data()
     done = {_key(r): r for r in read_results(results)}
-    missing = [w for w in wanted if (w, TASKS[w.task].iterations) not in done]
+    missing = [w for w in wanted if w not in done]
     print(f'{len(wanted)} trainings, {len(wanted) - len(missing)} of them done before', flush=True)
     failed = []
     if missing:
@@ -117,15 +133,16 @@ def run(wanted: list[Training], results: Path, jobs: int = 2) -> list[dict[str, 
                 print(f'{i}/{len(missing)} {training}: {result["metric"]:.1f}', flush=True)
     if failed:
         raise RuntimeError(f'{len(failed)} trainings failed: {", ".join(failed)}')
-    return [done[w, TASKS[w.task].iterations] for w in wanted]
+    return [done[w] for w in wanted]
 
 
-def _key(result: dict[str, Any]) -> tuple[Training, int]:
-    return Training(*(result[name] for name in Training._fields)), result['iterations']
+def _key(result: dict[str, Any]) -> Training:
+    return Training(*(result[name] for name in Training._fields))
 
 
 def _import_toolboxes() -> None:
     register_backbones()
+    import_yapf()
     import mmpretrain.models  # noqa: F401
     import mmseg.models  # noqa: F401
 
@@ -141,4 +158,5 @@ def _train(training: Training) -> tuple[Training, dict[str, Any] | str]:
         try:
             return training, train_variant(*training, work_dir)
         except Exception as error:
+            traceback.print_exc()
             return training, f'{type(error).__name__}: {error} (see {log.name})'

@@ -9,8 +9,8 @@ from typing import Any
 
 from mmengine.config import Config
 
-from ..shapes import ShapesRecipe, make_shapes
-from .matching import CLASSES, IGNORED, MatchingRecipe, make_matching
+from ..shapes import GENERATOR, ShapesRecipe, make_shapes
+from .matching import CLASSES, IGNORED, VERSION, MatchingRecipe, make_matching
 from .variants import ARCH, Variant
 
 DATA = Path('data/experiments')
@@ -34,6 +34,7 @@ class Task:
         out_indices: Stages that the model uses.
         changes: Makes the changes to the config, as for ``Config.merge_from_dict``.
         make_data: Writes the data.
+        data: Version of what writes it.
     """
 
     title: str
@@ -45,6 +46,7 @@ class Task:
     out_indices: tuple[int, ...]
     changes: Callable[[], dict[str, Any]]
     make_data: Callable[[], object]
+    data: int
 
 
 def _shapes_data() -> object:
@@ -158,6 +160,7 @@ TASKS = {
         out_indices=(3,),
         changes=_classifier,
         make_data=_shapes_data,
+        data=GENERATOR['version'],
     ),
     'det': Task(
         title='detection (RetinaNet)',
@@ -169,6 +172,7 @@ TASKS = {
         out_indices=(1, 2, 3),
         changes=_detector,
         make_data=_shapes_data,
+        data=GENERATOR['version'],
     ),
     'seg': Task(
         title='segmentation (UPerNet)',
@@ -180,6 +184,7 @@ TASKS = {
         out_indices=(0, 1, 2, 3),
         changes=_segmentor,
         make_data=_shapes_data,
+        data=GENERATOR['version'],
     ),
     'match': Task(
         title='matching (long-range)',
@@ -191,6 +196,7 @@ TASKS = {
         out_indices=(0, 1, 2, 3),
         changes=_matcher,
         make_data=_matching_data,
+        data=VERSION,
     ),
 }
 

@@ -40,9 +40,9 @@ def train_variant(
         work_dir: Where MMEngine writes its logs.
 
     Returns:
-        ``task``, ``variant``, ``seed``, ``rate``, ``iterations``, the ``curve`` of the task's
-        metric in percent over iterations, its last value as ``metric``, ``parameters`` of the
-        backbone, and the version of ``torch``.
+        ``task``, ``variant``, ``seed``, ``rate``, ``iterations``, the version of the ``data``,
+        the ``curve`` of the task's metric in percent over iterations, its last value as ``metric``,
+        ``parameters`` of the backbone, and the version of ``torch``.
 
     Raises:
         KeyError: If a name is unknown.
@@ -63,6 +63,7 @@ def train_variant(
         'seed': seed,
         'rate': rate,
         'iterations': max(record.curve),
+        'data': chosen.data,
         'metric': record.curve[max(record.curve)],
         'curve': record.curve,
         'parameters': parameters,

@@ -35,14 +35,12 @@ class Variant:
         backbone: Its config, without ``out_indices``.
         diagonality: Whether the diagonality preserving loss is added.
         rates: Learning rate by task, where it is not 1e-3: what the experiment ``rates`` found.
-        tasks: Tasks that it is trained for; by default all.
     """
 
     title: str
     backbone: dict[str, Any] = field(hash=False)
     diagonality: bool = True
     rates: dict[str, float] = field(default_factory=dict, hash=False)
-    tasks: tuple[str, ...] | None = None
 
     def rate(self, task: str) -> float:
         """Learning rate for a task."""
@@ -103,11 +101,7 @@ VARIANTS = {
     ),
     'no-mixing': Variant('attention reused as it is', _without('mixing')),
     'windows-4': Variant('windows 4', _lavit(window_sizes=(4, 4, 4, 2))),
-    'windows-14': Variant(
-        'windows 14, 14, 14, 7',
-        _lavit(window_sizes=(14, 14, 14, 7)),
-        tasks=('cls', 'det', 'seg'),  # a step takes thirteen times as long, mostly for padding
-    ),
+    'windows-14': Variant('windows 14, 14, 14, 7', _lavit(window_sizes=(14, 14, 14, 7))),
     'windows-16': Variant('windows 16: the whole map', _lavit(window_sizes=(16, 8, 4, 2))),
 }
 
