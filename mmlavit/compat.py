@@ -32,6 +32,7 @@ def require_mmengine() -> None:
     Raises:
         ImportError: MMEngine is not installed.
     """
+    import_yapf()
     try:
         importlib.import_module('mmengine')
     except ModuleNotFoundError as error:
@@ -43,6 +44,32 @@ def require_mmengine() -> None:
             "mmengine (the original name; pip install 'mmlavit[openmmlab]')",
             name='mmengine',
         ) from None
+
+
+def import_yapf() -> None:
+    """Import yapf, with which MMEngine formats configs, even where the cache of yapf is torn.
+
+    On import yapf reads its grammar from a file in the user's cache, and where that is missing or
+    older than yapf it writes the file in place. Whoever reads it meanwhile fails
+    (google/yapf#1204), such as processes of torchrun in a new environment; and if the writer was
+    killed, all who come later. Here the grammar is then made anew, which takes a few
+    hundredths of a second, and the file is left to who writes it.
+
+    Some versions of MMEngine import yapf themselves at once, others when they format a config, so
+    it is imported before MMEngine. An ImportError is left for MMEngine to meet; any other error is
+    passed on.
+    """
+    try:
+        importlib.import_module('yapf')
+    except ImportError:
+        return
+    except (EOFError, pickle.UnpicklingError):
+        # The failed import leaves submodules behind.
+        for name in [name for name in sys.modules if name.split('.')[0] == 'yapf']:
+            del sys.modules[name]
+        driver = importlib.import_module('yapf_third_party._ylib2to3.pgen2.driver')
+        driver.load_grammar = partial(driver.load_grammar, force=True, save=False)
+        importlib.import_module('yapf')
 
 
 def repair_torchvision() -> bool:
@@ -81,26 +108,6 @@ def repair_torchvision() -> bool:
     _declarations.append(library)
     importlib.import_module('torchvision')
     return True
-
-
-def import_yapf() -> None:
-    """Import yapf, with which MMEngine formats configs, even where the cache of yapf is torn.
-
-    On import yapf reads its grammar from a file in the user's cache, and where that is missing or
-    older than yapf it writes the file in place. Whoever reads it meanwhile fails
-    (google/yapf#1204), such as processes of torchrun in a new environment; and if the writer was
-    killed, all who come later. Here the grammar is then made anew, which takes a few
-    hundredths of a second, and the file is left to who writes it.
-    """
-    try:
-        importlib.import_module('yapf')
-    except (EOFError, pickle.UnpicklingError):
-        # The failed import leaves submodules behind.
-        for name in [name for name in sys.modules if name.split('.')[0] == 'yapf']:
-            del sys.modules[name]
-        driver = importlib.import_module('yapf_third_party._ylib2to3.pgen2.driver')
-        driver.load_grammar = partial(driver.load_grammar, force=True, save=False)
-        importlib.import_module('yapf')
 
 
 def leave_process_group() -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from .checkpoint_file import guard_checkpoints
-from .compat import import_yapf, leave_process_group, repair_torchvision
+from .compat import leave_process_group, repair_torchvision
 from .data_checks import refuse_empty_data
 
 # The packages whose scripts we hand over to, under the name that configs call their scope, and the
@@ -144,7 +144,6 @@ def main(name: str) -> None:
     except LaunchError as error:
         _fail(str(error))
     repair_torchvision()
-    import_yapf()
     guard_checkpoints()
     refuse_empty_data()
     try:

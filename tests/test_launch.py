@@ -396,8 +396,8 @@ def test_slurm_launcher_is_the_originals(tmp_path):
 # Python shuts down may abort it.
 PROBE = """
 import atexit
-from pathlib import Path
 import os
+from pathlib import Path
 
 import torch
 
@@ -430,21 +430,31 @@ def test_torchrun(tmp_path):
         "model_wrapper_cfg = dict(type='MMDistributedDataParallel', device_ids=None)",
     )
     data = make_shapes(tmp_path / 'shapes', 16, 2)
-    result = run_tool(
-        'train.py',
-        *(config, '--launcher', 'pytorch', '--work-dir', tmp_path / 'run', '--cfg-options'),
-        *shapes_options(data),
-        *('env_cfg.dist_cfg.backend=gloo', 'train_dataloader.batch_size=2'),
-        *('train_cfg.max_epochs=2', 'train_cfg.val_interval=2', 'default_hooks.logger.interval=1'),
-        cwd=tmp_path,
-        path=[tmp_path],
-        launcher=['-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2'],
-        CUDA_VISIBLE_DEVICES='',
-    )
-    assert_ran(result)
-    assert 'Distributed training: True' in result.stdout and 'GPU number: 2' in result.stdout
-    steps = [line for line in read_log(tmp_path / 'run') if 'loss_dp' in line]
+
+    def run_both(name: str, *args: object) -> str:
+        result = run_tool(
+            name,
+            *(*args, '--launcher', 'pytorch', '--work-dir', tmp_path / name, '--cfg-options'),
+            *shapes_options(data),
+            *('env_cfg.dist_cfg.backend=gloo', 'train_dataloader.batch_size=2'),
+            *('train_cfg.max_epochs=2', 'train_cfg.val_interval=2'),
+            'default_hooks.logger.interval=1',
+            cwd=tmp_path,
+            path=[tmp_path],
+            launcher=['-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2'],
+            CUDA_VISIBLE_DEVICES='',
+        )
+        assert_ran(result)
+        assert 'Distributed training: True' in result.stdout and 'GPU number: 2' in result.stdout
+        notes = [tmp_path / f'left-{rank}' for rank in (0, 1)]
+        assert [note.read_text() for note in notes] == ['[False, []]'] * 2
+        for note in notes:
+            note.unlink()
+        return result.stdout
+
+    run_both('train.py', config)
+    steps = [line for line in read_log(tmp_path / 'train.py') if 'loss_dp' in line]
     assert len(steps) == 2 * 16 // (2 * 2)
     assert all(0 < step['loss_dp'] < step['loss'] < 100 for step in steps)
-    assert (tmp_path / 'run' / 'epoch_2.pth').is_file()
-    assert [(tmp_path / f'left-{rank}').read_text() for rank in (0, 1)] == ['[False, []]'] * 2
+    checkpoint = tmp_path / 'train.py' / 'epoch_2.pth'
+    assert 'coco/segm_mAP: ' in run_both('test.py', config, checkpoint)

@@ -139,7 +139,6 @@ CHECK_IMPORTS = """
 import importlib
 from mmlavit import compat
 compat.repair_torchvision()
-compat.import_yapf()
 for name in ['mmcv.ops', 'mmdet.apis', 'mmseg.apis']:
     importlib.import_module(name)
 names = 'torch torchvision mmengine mmcv mmdet mmseg mmpretrain mmlavit'.split()

@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..compat import import_yapf
 from .tasks import TASKS
 from .training import train_variant
 from .variants import EXPERIMENTS, VARIANTS, register_backbones
@@ -84,7 +83,7 @@ def read_results(path: Path) -> list[dict[str, Any]]:
         r
         for r in results
         if (task := TASKS.get(r['task']))
-        and (r['iterations'], r['data']) == (task.iterations, task.data)
+        and (r['iterations'], r.get('data')) == (task.iterations, task.data)
     ]
 
 
@@ -142,7 +141,6 @@ def _key(result: dict[str, Any]) -> Training:
 
 def _import_toolboxes() -> None:
     register_backbones()
-    import_yapf()
     import mmpretrain.models  # noqa: F401
     import mmseg.models  # noqa: F401
 
