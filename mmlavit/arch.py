@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 
 NUM_STAGES = 4
+#: Fields of :class:`Arch` that are no sizes, and that an argument of LaViT may overrule.
+OPTIONS = ('conv_stem', 'overlap_downsample')
 
 
 def per_stage_ints(name: str, values: object, minimum: int = 1) -> tuple[int, ...]:
@@ -48,9 +50,12 @@ class Arch:
         vanilla_depths: How many of them, from the first on, are vanilla attention (at least 1;
             the others are less attention).
         mlp_ratios: Hidden channels of the MLP over ``embed_dims``.
+        conv_stem: What ``LaViT(conv_stem=None)`` means. Defaults to False, the paper's.
+        overlap_downsample: What ``LaViT(overlap_downsample=None)`` means. Defaults to False, the
+            paper's.
 
     Raises:
-        TypeError: If a field is not a sequence of numbers.
+        TypeError: If a field is not a sequence of numbers, or an option not a bool.
         ValueError: If a field's values do not fit; the message names the field.
     """
 
@@ -59,11 +64,16 @@ class Arch:
     depths: tuple[int, ...]
     vanilla_depths: tuple[int, ...]
     mlp_ratios: tuple[float, ...]
+    conv_stem: bool = False
+    overlap_downsample: bool = False
 
     def __post_init__(self) -> None:
         for name in ('embed_dims', 'num_heads', 'depths', 'vanilla_depths'):
             object.__setattr__(self, name, per_stage_ints(name, getattr(self, name)))
         object.__setattr__(self, 'mlp_ratios', _check_ratios(self.mlp_ratios))
+        for name in OPTIONS:
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f'{name} must be True or False, got {getattr(self, name)!r}')
         for stage in range(NUM_STAGES):
             dims, heads = self.embed_dims[stage], self.num_heads[stage]
             if dims % heads:
@@ -86,7 +96,8 @@ class Arch:
         """Look up a name or check a dict.
 
         Args:
-            arch: A name in :data:`ARCHS`, or a mapping with exactly the fields of this class.
+            arch: A name in :data:`ARCHS`, or a mapping with the fields of this class, of which
+                those that have a default may be missing.
 
         Returns:
             The checked sizes.
@@ -104,8 +115,9 @@ class Arch:
         if not isinstance(arch, Mapping):
             raise TypeError(f'arch must be one of {list(ARCHS)} or a dict, got {arch!r}')
         names = {f.name for f in fields(cls)}
-        if missing := sorted(names - set(arch)):
-            raise ValueError(f'arch lacks {missing}; it needs {sorted(names)}')
+        needed = names - set(OPTIONS)
+        if missing := sorted(needed - set(arch)):
+            raise ValueError(f'arch lacks {missing}; it needs {sorted(needed)}')
         if unknown := sorted(set(arch) - names):
             raise ValueError(f'arch has unknown keys {unknown}; it takes {sorted(names)}')
         return cls(**arch)
@@ -135,6 +147,7 @@ ARCHS: dict[str, Arch] = {
         depths=(2, 2, 2, 2),
         vanilla_depths=(1, 1, 1, 1),
         mlp_ratios=(4, 4, 4, 4),
+        conv_stem=True,
     ),
     'tiny': Arch(
         embed_dims=(48, 96, 240, 480),

@@ -15,8 +15,15 @@ from torch.utils.checkpoint import checkpoint
 from .arch import NUM_STAGES, Arch, per_stage_ints
 from .attention import LessAttention, VanillaAttention
 from .attention_residual import AttentionResidual
-from .block import Block, PatchEmbed
-from .checkpoint import are_flattened, check_arch, fit_windows, strip_prefix, windows_of
+from .block import Block, ConvStem, PatchEmbed
+from .checkpoint import (
+    are_flattened,
+    check_arch,
+    check_options,
+    fit_windows,
+    strip_prefix,
+    windows_of,
+)
 from .checkpoint_file import check_pretrained
 from .mode import keeps_activations
 from .windows import WindowGrid, nesting_ratio
@@ -25,6 +32,11 @@ from .windows import WindowGrid, nesting_ratio
 # keep products large: 4096 and a whole map of 800 x 1280 took 1.1 times as long on two Xeon cores,
 # 2048 and a whole map 1.2 and 1.3 times on two Zen cores.
 SLAB_TOKENS = 16384
+
+# Standard deviation of the position convolutions' weights at the start, in a stage of at most
+# POSITION_LAYERS layers; in deeper ones it falls with the square root of the depth.
+POSITION_STD = 0.2
+POSITION_LAYERS = 3
 
 
 class Stage(nn.Module):
@@ -111,6 +123,11 @@ class LaViT(BaseModule):
             the paper to the letter at 224 x 224. Defaults to (8, 8, 8, 8).
         out_indices: Stages to return, ascending. Later stages are not built.
             Defaults to (0, 1, 2, 3).
+        conv_stem: Ours, not the paper's: two 3 x 3 convolutions of stride 2
+            (:class:`~mmlavit.block.ConvStem`) in place of the 4 x 4 patches. Defaults to None: what
+            ``arch`` says, which is True for ``'nano'`` and False for all others.
+        overlap_downsample: Ours, not the paper's: 3 x 3 convolutions of stride 2 in place of 2 x 2
+            between stages. Defaults to None: what ``arch`` says, which is False for all.
         drop_rate: Dropout after the projections and in the MLPs. Defaults to 0.
         attn_drop_rate: Dropout on the attention after the softmax. Defaults to 0.
         drop_path_rate: Stochastic depth of the last layer; it grows linearly from 0.
@@ -141,6 +158,8 @@ class LaViT(BaseModule):
         in_channels: int = 3,
         window_sizes: Sequence[int] = (8, 8, 8, 8),
         out_indices: Sequence[int] = (0, 1, 2, 3),
+        conv_stem: bool | None = None,
+        overlap_downsample: bool | None = None,
         drop_rate: float = 0.0,
         attn_drop_rate: float = 0.0,
         drop_path_rate: float = 0.1,
@@ -160,6 +179,8 @@ class LaViT(BaseModule):
         self.in_channels = _check_int('in_channels', in_channels, 1)
         self.out_indices = _check_out_indices(out_indices)
         self.frozen_stages = _check_int('frozen_stages', frozen_stages, -1, NUM_STAGES)
+        self.conv_stem = _check_option('conv_stem', conv_stem, arch)
+        self.overlap_downsample = _check_option('overlap_downsample', overlap_downsample, arch)
         drop_rate = _check_rate('drop_rate', drop_rate)
         attn_drop_rate = _check_rate('attn_drop_rate', attn_drop_rate)
         drop_path_rate = _check_rate('drop_path_rate', drop_path_rate)
@@ -172,7 +193,10 @@ class LaViT(BaseModule):
         total = sum(self.depths)
         drop_paths = iter(drop_path_rate * i / max(total - 1, 1) for i in range(total))
 
-        self.patch_embed = PatchEmbed(in_channels, arch.embed_dims[0], 4)
+        if self.conv_stem:
+            self.patch_embed = ConvStem(in_channels, arch.embed_dims[0])
+        else:
+            self.patch_embed = PatchEmbed(in_channels, arch.embed_dims[0], 4)
         self.stages = nn.ModuleList()
         for m in range(num_stages):
             dims, heads, window = arch.embed_dims[m], arch.num_heads[m], window_sizes[m]
@@ -188,7 +212,9 @@ class LaViT(BaseModule):
                 blocks.append(Block(dims, attn, arch.mlp_ratios[m], drop_rate, next(drop_paths)))
             downsample = residual = None
             if m > 0:
-                downsample = PatchEmbed(arch.embed_dims[m - 1], dims, 2)
+                downsample = PatchEmbed(
+                    arch.embed_dims[m - 1], dims, 2, overlap=self.overlap_downsample
+                )
                 residual = AttentionResidual(
                     arch.num_heads[m - 1], heads, window_sizes[m - 1], window
                 )
@@ -213,7 +239,10 @@ class LaViT(BaseModule):
         super().init_weights()
 
     def _reset_parameters(self) -> None:
-        """Initial weights as in Swin and PVT; ``Psi``, ``Theta`` and LayerScale set their own."""
+        """Initial weights as in Swin and PVT, but for the position convolutions.
+
+        ``Psi``, ``Theta`` and LayerScale set their own.
+        """
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 trunc_normal_(module.weight, std=0.02)
@@ -225,8 +254,19 @@ class LaViT(BaseModule):
             # Zero-padded patches would become zero tokens, which LayerNorm multiplies by
             # 1 / sqrt(eps), layer after layer, in the backward pass. As in Swin, the first
             # projection keeps the bias that PyTorch gave it.
-            if module.bias is not None and module is not self.patch_embed.proj:
+            if module.bias is not None and module is not self._first_projection:
                 nn.init.zeros_(module.bias)
+        for stage in self.stages:
+            # Each adds noise of 9 std**2 times the variance of the tokens to them. So the tokens of
+            # a stage grow by a bounded factor, however many layers it has.
+            std = min(POSITION_STD, POSITION_STD * math.sqrt(POSITION_LAYERS / len(stage.blocks)))
+            for block in stage.blocks:
+                nn.init.normal_(block.pos_conv.weight, std=std)
+
+    @property
+    def _first_projection(self) -> nn.Conv2d:
+        """The convolution that the image meets first."""
+        return (self.patch_embed.conv1 if self.conv_stem else self.patch_embed).proj
 
     def _freeze_stages(self) -> None:
         if self.frozen_stages < 0:
@@ -324,6 +364,7 @@ class LaViT(BaseModule):
         is_ours = not prefix or any(name.rpartition('.')[0] in modules for name in weights)
         if is_ours and not are_flattened(weights):
             check_arch(weights, self.arch, len(self.stages), self.in_channels)
+            check_options(weights, self.conv_stem, self.overlap_downsample)
             before = windows_of(weights)
             if resized := fit_windows(weights, self.window_sizes[: len(self.stages)]):
                 state_dict.update({prefix + name: weights[name] for name in resized})
@@ -371,6 +412,12 @@ def _check_bool(name: str, value: object) -> bool:
     if not isinstance(value, bool):
         raise TypeError(f'{name} must be True or False, got {value!r}')
     return value
+
+
+def _check_option(name: str, value: object, arch: Arch) -> bool:
+    if value is not None and not isinstance(value, bool):
+        raise TypeError(f'{name} must be True, False or None, got {value!r}')
+    return getattr(arch, name) if value is None else value
 
 
 def _check_rate(name: str, value: object) -> float:

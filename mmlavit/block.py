@@ -1,9 +1,10 @@
-"""Patch embedding, downsampling and the block (position convolution, attention, MLP)."""
+"""Patch embedding, stem, downsampling and the block (position convolution, attention, MLP)."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .attention import LessAttention, VanillaAttention
@@ -13,21 +14,28 @@ from .windows import Slab, pad_map
 
 
 class PatchEmbed(nn.Module):
-    """Non-overlapping ``patch x patch`` convolution of stride ``patch``, then LayerNorm.
+    """A convolution of stride ``patch``, then LayerNorm.
 
     Serves both as the patch embedding of the image (patch 4) and as the downsampling between
-    stages (patch 2). Maps that ``patch`` does not divide are zero-padded at the bottom and right.
+    stages (patch 2). The paper's are not overlapping: the kernel is ``patch x patch``, and maps
+    that ``patch`` does not divide are zero-padded at the bottom and right.
 
     Args:
         in_channels: Channels of the input.
         embed_dims: Channels of a token.
         patch: Side of a patch.
+        overlap: Ours: a kernel of ``patch + 1``, an odd side, padded alike on all four sides, so
+            that neighbouring patches share pixels.
     """
 
-    def __init__(self, in_channels: int, embed_dims: int, patch: int) -> None:
+    def __init__(
+        self, in_channels: int, embed_dims: int, patch: int, overlap: bool = False
+    ) -> None:
         super().__init__()
         self.patch = patch
-        self.proj = nn.Conv2d(in_channels, embed_dims, patch, patch)
+        self.overlap = overlap
+        kernel, padding = (patch + 1, patch // 2) if overlap else (patch, 0)
+        self.proj = nn.Conv2d(in_channels, embed_dims, kernel, patch, padding)
         self.norm = nn.LayerNorm(embed_dims, eps=1e-6)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -39,8 +47,38 @@ class PatchEmbed(nn.Module):
         Returns:
             Map of tokens (B, ceil(H / patch), ceil(W / patch), embed_dims).
         """
-        x = pad_map(x, self.patch)
+        if not self.overlap:
+            x = pad_map(x, self.patch)
         return self.norm(self.proj(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
+
+
+class ConvStem(nn.Module):
+    """Ours, in place of the 4 x 4 patches: two 3 x 3 convolutions of stride 2.
+
+    Each is followed by LayerNorm, with GELU between them. "Early Convolutions Help Transformers See
+    Better" (arXiv 2106.14881) found such stems to train faster and to a better end.
+
+    Args:
+        in_channels: Channels of the image.
+        embed_dims: Channels of a token; half as many lie between the convolutions.
+    """
+
+    def __init__(self, in_channels: int, embed_dims: int) -> None:
+        super().__init__()
+        hidden_dims = max(embed_dims // 2, 1)
+        self.conv1 = PatchEmbed(in_channels, hidden_dims, 2, overlap=True)
+        self.conv2 = PatchEmbed(hidden_dims, embed_dims, 2, overlap=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Embed.
+
+        Args:
+            x: Image (B, H, W, in_channels).
+
+        Returns:
+            Map of tokens (B, ceil(H / 4), ceil(W / 4), embed_dims).
+        """
+        return self.conv2(F.gelu(self.conv1(x)))
 
 
 class DropPath(nn.Module):

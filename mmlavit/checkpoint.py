@@ -15,6 +15,8 @@ from .arch import ARCHS, Arch
 
 _STAGE = re.compile(r'stages\.(\d+)\.')
 _PROJECTION = re.compile(r'stages\.(\d+)\.blocks\.\d+\.attn\.(qkv|v)\.weight')
+_DOWNSAMPLE = re.compile(r'stages\.\d+\.downsample\.proj\.weight')
+_PATCHES = 'patch_embed.proj.weight'
 _WINDOW_WEIGHT = re.compile(r'stages\.(\d+)\.blocks\.\d+\.attn\.(psi|theta)')
 
 
@@ -103,11 +105,38 @@ def check_arch(
             f'the checkpoint is a LaViT {_name(theirs)}, the model is a LaViT {_name(ours)}; '
             'set arch to the one of the checkpoint, or load another checkpoint'
         )
-    projection = weights.get('patch_embed.proj.weight')
+    projection = weights.get('patch_embed.conv1.proj.weight', weights.get(_PATCHES))
     if projection is not None and projection.shape[1] != in_channels:
         raise ValueError(
             f'the checkpoint takes in_channels={projection.shape[1]}, '
             f'the model in_channels={in_channels}'
+        )
+
+
+def check_options(weights: Mapping[str, Tensor], conv_stem: bool, overlap_downsample: bool) -> None:
+    """Refuse the weights of a LaViT with another stem or another downsampling.
+
+    Args:
+        weights: The checkpoint's weights under LaViT's own names.
+        conv_stem: Whether the model has the convolutional stem.
+        overlap_downsample: Whether its downsampling overlaps.
+
+    Raises:
+        ValueError: If an option differs. The message says how to set it.
+    """
+    has_stem = any(name.startswith('patch_embed.conv') for name in weights)
+    if (has_stem or _PATCHES in weights) and has_stem != conv_stem:
+        raise ValueError(
+            f'the checkpoint was saved with conv_stem={has_stem}, the model has '
+            f'conv_stem={conv_stem} (older checkpoints of nano have none); give the model '
+            f'conv_stem={has_stem}, or load another checkpoint'
+        )
+    kernels = {w.shape[-1] for name, w in weights.items() if _DOWNSAMPLE.fullmatch(name)}
+    if kernels and kernels != {3 if overlap_downsample else 2}:
+        raise ValueError(
+            f'the checkpoint was saved with overlap_downsample={not overlap_downsample}, the model '
+            f'has overlap_downsample={overlap_downsample}; give the model '
+            f'overlap_downsample={not overlap_downsample}, or load another checkpoint'
         )
 
 

@@ -21,7 +21,7 @@ _OTHER_FILES = {
     r'(?i)\s*<(!doctype|html|\?xml)': 'is a web page saved in its place; download it again',
     r'version https://git-lfs': "is a Git LFS pointer; run 'git lfs pull' where it comes from",
 }
-_KEY = re.compile(r'(.*?)(patch_embed\.proj|stages\.\d+\.blocks)\.')
+_KEY = re.compile(r'(.*?)(patch_embed\.(?:proj|conv1)|stages\.\d+\.blocks)\.')
 
 
 class CheckpointError(ValueError):

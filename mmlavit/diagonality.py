@@ -17,19 +17,33 @@ from .backbone import LaViT
 from .windows import WindowGrid
 
 
-def diagonality_preserving_loss(scores: Tensor, valid: Tensor | None = None) -> Tensor:
-    """How far scores are from symmetric and diagonally dominant.
+# What a checkpoint's meta has since the loss does not grow with the scores.
+_MARK = 'scale_free_diagonality_loss'
 
-    Equation 8, symmetry: the mean of ``|A_ij - A_ji|``. Equation 9, dominance of the diagonal: the
-    mean of ``relu(A_ij - A_ii)``. Both are over the pairs ``j != i`` of real tokens of a window;
-    their sum is averaged over windows and heads. It is at least 0, is 0 exactly on symmetric
-    diagonally dominant maps, and does not depend on the number of windows.
+# A map whose spread is less than this of its largest magnitude holds nothing but rounding.
+_EVEN = 1e-6
+
+
+def diagonality_preserving_loss(scores: Tensor, valid: Tensor | None = None) -> Tensor:
+    """How far the pattern of scores is from symmetric and diagonally dominant, at any scale.
+
+    Each map ``A`` is divided by its spread, the standard deviation over its pairs of real tokens.
+    Then equation 8, symmetry, is the mean of ``|A_ij - A_ji|``, and equation 9, dominance of the
+    diagonal, the mean of ``relu(A_ij - A_ii)``. Both are over the pairs ``j != i`` of real tokens
+    of a window; their sum is averaged over windows and heads. It is at least 0, is 0 exactly on
+    symmetric diagonally dominant maps, does not depend on the number of windows, and is the same
+    for ``c A`` for every ``c > 0``.
+
+    The paper does not divide. Then the loss is smallest at ``A = 0``, which makes attention a plain
+    average, and that is where training goes; here the gradient is orthogonal to each map, so it
+    asks for a pattern and never for smaller scores.
 
     Args:
         scores: ``A`` before the softmax (windows, heads, n, n). Half precision is computed in
             float32.
         valid: Bool mask (windows, n) of real tokens; None where all are. A window with fewer than
-            two real tokens has no pairs and counts as 0.
+            two real tokens has no pairs and counts as 0, and so does, without a gradient, a map
+            that is even: whose spread is less than 1e-6 of its largest magnitude.
 
     Returns:
         A scalar.
@@ -61,12 +75,41 @@ def diagonality_preserving_loss(scores: Tensor, valid: Tensor | None = None) -> 
         scores = scores.masked_fill(padded, 0)
         count = valid.sum(dim=-1, keepdim=True)
     # The pairs j = i contribute 0 to both, so summing over all pairs leaves those with j != i.
+    scores, is_even = _unit_spread(scores, padded, count)
     violation = (scores - scores.mT).abs()
     violation = violation + F.relu(scores - scores.diagonal(dim1=-2, dim2=-1).unsqueeze(-1))
     if padded is not None:
         violation = violation.masked_fill(padded, 0)
     pairs = (count * (count - 1)).clamp(min=1)
-    return (violation.sum(dim=(-2, -1)) / pairs).mean()
+    return (violation.sum(dim=(-2, -1)) / pairs).masked_fill(is_even, 0).mean()
+
+
+def _unit_spread(
+    scores: Tensor, padded: Tensor | None, count: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Maps divided by the standard deviation over their pairs of real tokens.
+
+    Args:
+        scores: (windows, heads, n, n), 0 at padded pairs.
+        padded: Which pairs those are, broadcast over heads; None for none.
+        count: Real tokens of each window (windows, 1).
+
+    Returns:
+        The maps, and which of them, (windows, heads), are even; those are not divided.
+    """
+    # First by their largest magnitude: squares of large scores would be infinite, of small ones 0.
+    # It is no part of the gradient, as the second division takes it out again.
+    largest = scores.detach().abs().amax(dim=(-2, -1), keepdim=True)
+    scores = scores / largest.masked_fill(largest == 0, 1)
+    total = count.square().clamp(min=1)[..., None, None]
+    centred = scores - scores.sum(dim=(-2, -1), keepdim=True) / total
+    if padded is not None:
+        centred = centred.masked_fill(padded, 0)
+    variance = centred.square().sum(dim=(-2, -1), keepdim=True) / total
+    is_even = variance.detach() <= _EVEN**2
+    # The root of 0 has no gradient.
+    spread = variance.masked_fill(is_even, 1).sqrt()
+    return scores / spread, is_even[..., 0, 0]
 
 
 @HOOKS.register_module()
@@ -103,6 +146,24 @@ class DiagonalityLossHook(Hook):
         self._handles: list = []
         self._seen: list[tuple[LessAttention, Tensor, WindowGrid]] | None = None
         self._hidden: set[LessAttention] = set()
+
+    #: The loss of the scores of one layer, for a subclass to replace.
+    loss = staticmethod(diagonality_preserving_loss)
+
+    def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        """Note in the checkpoint which loss it was trained with."""
+        checkpoint.setdefault('meta', {})[_MARK] = True
+
+    def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        """Say so where a training goes on that began under the loss of before."""
+        meta = checkpoint.get('meta', {})
+        resumes = getattr(runner, '_resume', False)
+        if resumes and _MARK not in meta and type(self).__name__ in str(meta.get('cfg', '')):
+            runner.logger.warning(
+                'DiagonalityLossHook: this training began when the loss still grew with the '
+                'scores; now it looks at their pattern alone, so loss_dp is another figure from '
+                'here on and attention may become less even.'
+            )
 
     def before_train(self, runner: Runner) -> None:
         """Start watching the model that the runner trains."""
@@ -165,7 +226,7 @@ class DiagonalityLossHook(Hook):
                 'the hook listed twice in custom_hooks? remove one'
             )
         losses = {'loss_task' if name == 'loss' else name: loss for name, loss in losses.items()}
-        total = sum(diagonality_preserving_loss(*_with_mask(s, grid)) for _, s, grid in seen)
+        total = sum(self.loss(*_with_mask(scores, grid)) for _, scores, grid in seen)
         return {**losses, 'loss_dp': self.loss_weight * total / len(seen)}
 
 

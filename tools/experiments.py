@@ -16,6 +16,7 @@ os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')
 
 from mmlavit.experiments import report, study
 from mmlavit.experiments.cost import step_ratios
+from mmlavit.experiments.photographs import VARIABLE, archive
 from mmlavit.experiments.tasks import TASKS
 from mmlavit.experiments.variants import EXPERIMENTS
 
@@ -33,7 +34,12 @@ def main() -> None:
     parser.add_argument(
         'experiments', nargs='*', metavar='EXPERIMENT', help='names from below; default all'
     )
-    parser.add_argument('--tasks', nargs='+', default=list(TASKS), choices=list(TASKS))
+    parser.add_argument(
+        '--tasks',
+        nargs='+',
+        choices=list(TASKS),
+        help=f'default all; photo needs the folder of real images, named by {VARIABLE}',
+    )
     parser.add_argument('--seeds', nargs='+', type=int, default=[0, 1, 2])
     parser.add_argument('--jobs', type=int, default=2, help='trainings at a time, a core each')
     parser.add_argument(
@@ -44,8 +50,12 @@ def main() -> None:
     parser.add_argument('--time', action='store_true', help='also time a step of each variant')
     args = parser.parse_args()
     results_file = OUT / 'results.jsonl'
+    chosen = args.tasks or list(TASKS)
+    if args.tasks is None and archive() is None:
+        chosen.remove('photo')
+        print(f'{VARIABLE} is not set: all tasks but that on photographs')
     try:
-        wanted = study.trainings(args.experiments or EXPERIMENTS, args.tasks, args.seeds)
+        wanted = study.trainings(args.experiments or EXPERIMENTS, chosen, args.seeds)
         page = OUT / 'README.md'
         if not page.is_file():
             raise FileNotFoundError(f'{page} is not here; start at the top of the repository')

@@ -159,7 +159,7 @@ def measure(backbone: LaViT, images: Tensor) -> list[LayerNumbers]:
     """
     meter = SaturationMeter()
     with in_evaluation(backbone), recording(backbone, meter.see, device=None):
-        backbone(images.to(backbone.patch_embed.proj.weight.dtype))
+        backbone(images.to(next(backbone.parameters()).dtype))
     meter.end_batch()
     return meter.numbers()
 

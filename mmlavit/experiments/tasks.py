@@ -1,4 +1,4 @@
-"""On what variants are compared: three tasks on shapes, and one that needs long-range relations."""
+"""On what variants are compared: shapes, a task of long-range relations, and photographs."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from mmengine.config import Config
 
 from ..shapes import GENERATOR, ShapesRecipe, make_shapes
 from .matching import CLASSES, IGNORED, VERSION, MatchingRecipe, make_matching
+from .photographs import unpack_photographs
 from .variants import ARCH, Variant
 
 DATA = Path('data/experiments')
@@ -35,6 +36,7 @@ class Task:
         changes: Makes the changes to the config, as for ``Config.merge_from_dict``.
         make_data: Writes the data.
         data: Version of what writes it.
+        drop_path_rate: Stochastic depth of backbones that have it.
     """
 
     title: str
@@ -47,6 +49,7 @@ class Task:
     changes: Callable[[], dict[str, Any]]
     make_data: Callable[[], object]
     data: int
+    drop_path_rate: float = 0.0
 
 
 def _shapes_data() -> object:
@@ -57,12 +60,28 @@ def _matching_data() -> object:
     return make_matching(DATA / 'matching', MATCHING)
 
 
+def _photographs_data() -> object:
+    return unpack_photographs(DATA / 'photographs')
+
+
 def _classifier() -> dict[str, Any]:
     root = str(DATA / 'shapes/imagenet')
     crop = {'1': dict(crop_size=SIZE)}
     return dict(
         model=dict(head=dict(in_channels=ARCH['embed_dims'][-1])),
         train_dataloader=dict(batch_size=16, dataset=dict(data_root=root, pipeline=crop)),
+        val_dataloader=dict(dataset=dict(data_root=root)),
+    )
+
+
+def _photographer() -> dict[str, Any]:
+    """Twenty classes of Tiny ImageNet, ten epochs."""
+    root = str(DATA / 'photographs')
+    crop = {'1': dict(crop_size=SIZE, padding=6)}
+    return dict(
+        data_preprocessor=dict(num_classes=20),
+        model=dict(head=dict(in_channels=ARCH['embed_dims'][-1], num_classes=20)),
+        train_dataloader=dict(batch_size=32, dataset=dict(data_root=root, pipeline=crop)),
         val_dataloader=dict(dataset=dict(data_root=root)),
     )
 
@@ -198,6 +217,19 @@ TASKS = {
         make_data=_matching_data,
         data=VERSION,
     ),
+    'photo': Task(
+        title='photographs (20 classes)',
+        config=_CONFIGS / 'lavit_n_shapes.py',
+        iterations=3125,
+        metric='accuracy/top1',
+        scale=1.0,
+        chance=5.0,
+        out_indices=(3,),
+        changes=_photographer,
+        make_data=_photographs_data,
+        data=1,
+        drop_path_rate=0.05,
+    ),
 }
 
 
@@ -217,6 +249,9 @@ def build_config(task: Task, variant: Variant, seed: int, rate: float, work_dir:
     """
     cfg = Config.fromfile(task.config)
     cfg.merge_from_dict(task.changes())
+    backbone = dict(variant.backbone, out_indices=task.out_indices)
+    if 'drop_path_rate' in backbone:
+        backbone['drop_path_rate'] = task.drop_path_rate
     steps = task.iterations
     for loader in (cfg.train_dataloader, cfg.val_dataloader):
         # One process a training: images are small, and more processes would fight for the cores.
@@ -228,9 +263,7 @@ def build_config(task: Task, variant: Variant, seed: int, rate: float, work_dir:
     paramwise.custom_keys.relative_position_bias_table = dict(decay_mult=0.0)  # Swin's
     cfg.merge_from_dict(
         dict(
-            model=dict(
-                backbone=dict(_delete_=True, **variant.backbone, out_indices=task.out_indices)
-            ),
+            model=dict(backbone=dict(_delete_=True, **backbone)),
             train_cfg=dict(
                 _delete_=True,
                 type='IterBasedTrainLoop',
@@ -256,7 +289,7 @@ def build_config(task: Task, variant: Variant, seed: int, rate: float, work_dir:
         dict(type='LinearLR', start_factor=1.0, end_factor=0.01, by_epoch=False)
         | dict(begin=steps // 10, end=steps),
     ]
-    cfg.custom_hooks = [dict(type='DiagonalityLossHook')] if variant.diagonality else []
+    cfg.custom_hooks = [dict(hook) for hook in variant.hooks]
     # Nothing is kept but the log: what a training comes to is a line of results.
     cfg.default_hooks.checkpoint = dict(
         type='CheckpointHook', interval=-1, save_last=False, by_epoch=False

@@ -10,6 +10,9 @@ from mmengine.hooks import Hook
 from mmengine.registry import DefaultScope
 from mmengine.runner import Runner
 
+from ..analysis.measures import entropy
+from ..analysis.record import LayerAttention, recording
+from ..backbone import LaViT
 from .tasks import TASKS, build_config
 from .variants import VARIANTS, register_backbones
 
@@ -42,7 +45,9 @@ def train_variant(
     Returns:
         ``task``, ``variant``, ``seed``, ``rate``, ``iterations``, the version of the ``data``,
         the ``curve`` of the task's metric in percent over iterations, its last value as ``metric``,
-        ``parameters`` of the backbone, and the version of ``torch``.
+        ``parameters`` of the backbone, and the version of ``torch``; of a LaViT also the
+        ``entropy`` of its attention and the standard deviation of its ``scores`` over the keys, for
+        each stage. The model's weights are in ``weights.pth`` in ``work_dir``.
 
     Raises:
         KeyError: If a name is unknown.
@@ -57,6 +62,8 @@ def train_variant(
         runner.register_hook(record)
         parameters = sum(p.numel() for p in runner.model.backbone.parameters())
         runner.train()
+        seen = _look(runner)
+        torch.save(runner.model.state_dict(), work_dir / 'weights.pth')
     return {
         'task': task,
         'variant': variant,
@@ -68,4 +75,35 @@ def train_variant(
         'curve': record.curve,
         'parameters': parameters,
         'torch': torch.__version__,
+        **seen,
+    }
+
+
+def _look(runner: Runner) -> dict[str, list[float]]:
+    """How even attention is over the validation set, and how far scores of a query are apart.
+
+    Args:
+        runner: After its training.
+
+    Returns:
+        ``entropy`` and ``scores`` (standard deviation over the keys), a mean for each stage;
+        nothing for a backbone that is no LaViT.
+    """
+    if not isinstance(runner.model.backbone, LaViT):
+        return {}
+    sums: dict[int, list[float]] = {}
+
+    def keep(layer: LayerAttention) -> None:
+        of_stage = sums.setdefault(layer.stage, [0.0, 0.0, 0.0])
+        # A batch of 50 images and the last, smaller one count by their images.
+        count = layer.attn.shape[0]
+        of_stage[0] += count * entropy(layer.attn.flatten(0, 1)).nanmean().item()
+        of_stage[1] += count * layer.scores.std(dim=-1).mean().item()
+        of_stage[2] += count
+
+    with recording(runner.model, keep):
+        runner.val_loop.run()
+    return {
+        'entropy': [of_stage[0] / of_stage[2] for of_stage in sums.values()],
+        'scores': [of_stage[1] / of_stage[2] for of_stage in sums.values()],
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,13 +34,13 @@ class Variant:
     Args:
         title: What a reader calls it.
         backbone: Its config, without ``out_indices``.
-        diagonality: Whether the diagonality preserving loss is added.
+        hooks: ``custom_hooks`` to train it with.
         rates: Learning rate by task, where it is not 1e-3: what the experiment ``rates`` found.
     """
 
     title: str
     backbone: dict[str, Any] = field(hash=False)
-    diagonality: bool = True
+    hooks: tuple[dict[str, Any], ...] = field(default=(), hash=False)
     rates: dict[str, float] = field(default_factory=dict, hash=False)
 
     def rate(self, task: str) -> float:
@@ -56,18 +57,28 @@ def _lavit(**options: Any) -> dict[str, Any]:
     return dict(type='LaViT', arch=ARCH, window_sizes=WINDOWS, drop_path_rate=0.0) | options
 
 
-def _without(part: str) -> dict[str, Any]:
-    return {**_lavit(), 'type': 'AblatedLaViT', part: False}
+def _ablated(**options: Any) -> dict[str, Any]:
+    return _lavit(type='AblatedLaViT', **options)
+
+
+def _diagonality(weight: float) -> tuple[dict[str, Any], ...]:
+    return (dict(type='DiagonalityLossHook', loss_weight=weight),)
 
 
 #: By name, what is compared.
 VARIANTS = {
     'lavit': Variant('LaViT (windows 8)', _lavit()),
-    'vanilla': Variant(
-        'all-vanilla twin',
-        {**_lavit(), 'arch': {**ARCH, 'vanilla_depths': ARCH['depths']}},
-        diagonality=False,  # it is a loss on less-attention layers
+    'as-it-was': Variant(
+        'LaViT as it was',
+        _ablated(position_std=math.sqrt(2 / 9)),
+        hooks=(dict(type='GrowingDiagonalityLossHook'),),
     ),
+    'vanilla': Variant(
+        'all-vanilla twin', _lavit(arch={**ARCH, 'vanilla_depths': ARCH['depths']})
+    ),
+    'stem': Variant('LaViT, convolutional stem', _lavit(conv_stem=True)),
+    'overlap': Variant('LaViT, overlapping downsampling', _lavit(overlap_downsample=True)),
+    'stem-overlap': Variant('LaViT, both', _lavit(conv_stem=True, overlap_downsample=True)),
     'swin': Variant(
         'Swin (windows 4)',
         dict(
@@ -78,8 +89,19 @@ VARIANTS = {
             window_size=4,  # larger ones would hold more padding than tokens from stage 3 on
             drop_path_rate=0.0,
         ),
-        diagonality=False,
         rates={'cls': 3e-4, 'det': 3e-4},
+    ),
+    'pvt': Variant(
+        'PVTv2',
+        dict(
+            type='TuplePVTv2',
+            embed_dims=ARCH['embed_dims'][0],  # times num_heads are the channels of a stage
+            num_layers=[2, 2, 2, 2],
+            num_heads=ARCH['num_heads'],
+            mlp_ratios=[8, 8, 4, 3],  # as PVTv2-B0's, but for the last, which is 4 there
+            sr_ratios=[8, 4, 2, 1],
+            drop_path_rate=0.0,
+        ),
     ),
     'resnet': Variant(
         'ResNet-18, narrowed',
@@ -90,18 +112,26 @@ VARIANTS = {
             norm_eval=False,
             style='pytorch',
         ),
-        diagonality=False,
     ),
-    'no-residual': Variant('no attention residual', _without('attention_residual')),
-    'no-diagonality': Variant('no diagonality loss', _lavit(), diagonality=False),
-    'no-position': Variant('no position convolution', _without('position')),
-    'position-from-zero': Variant(
-        'position convolution from 0',
-        {**_lavit(), 'type': 'AblatedLaViT', 'position_from_zero': True},
+    'no-residual': Variant('no attention residual', _ablated(attention_residual=False)),
+    'no-mixing': Variant('attention reused as it is', _ablated(mixing=False)),
+    'no-position': Variant('no position convolution', _ablated(position=False)),
+    'position-0': Variant('position convolution from 0', _ablated(position_std=0.0)),
+    'position-0.1': Variant('standard deviation 0.1', _ablated(position_std=0.1)),
+    'position-0.47': Variant(
+        'standard deviation 0.47, as it was', _ablated(position_std=math.sqrt(2 / 9))
     ),
-    'no-mixing': Variant('attention reused as it is', _without('mixing')),
+    'position-scaled': Variant(
+        'standard deviation 0.47 under a LayerScale of 0.3',
+        _ablated(position_std=math.sqrt(2 / 9), position_scale=0.3),
+    ),
+    'diagonality-1': Variant('diagonality loss, weight 1', _lavit(), _diagonality(1.0)),
+    'diagonality-0.1': Variant('diagonality loss, weight 0.1', _lavit(), _diagonality(0.1)),
+    'diagonality-0.01': Variant('diagonality loss, weight 0.01', _lavit(), _diagonality(0.01)),
+    'query-key-0.1': Variant('Q and K from a deviation of 0.1', _ablated(query_key_std=0.1)),
+    'residual-1': Variant('attention residual from a scale of 1', _ablated(residual_scale=1.0)),
+    'eps-1e-5': Variant('eps of the norms 1e-5', _ablated(norm_eps=1e-5)),
     'windows-4': Variant('windows 4', _lavit(window_sizes=(4, 4, 4, 2))),
-    'windows-14': Variant('windows 14, 14, 14, 7', _lavit(window_sizes=(14, 14, 14, 7))),
     'windows-16': Variant('windows 16: the whole map', _lavit(window_sizes=(16, 8, 4, 2))),
 }
 
@@ -126,29 +156,36 @@ class Experiment:
 EXPERIMENTS = {
     'rates': Experiment(
         'Which learning rate suits which backbone?',
-        ('lavit', 'vanilla', 'swin', 'resnet'),
+        ('lavit', 'vanilla', 'swin', 'pvt', 'resnet'),
         rates=(1e-3, 3e-4),
     ),
-    'less': Experiment(
-        # The twin has no layers for the diagonality loss, so LaViT is also there without it.
-        'Does less attention cost accuracy?',
-        ('vanilla', 'lavit', 'no-diagonality'),
+    'mended': Experiment(
+        'What did mending the start and the loss do?', ('as-it-was', 'position-0.47', 'lavit')
     ),
+    'less': Experiment('Does less attention cost accuracy?', ('vanilla', 'lavit')),
     'peers': Experiment(
-        'How does LaViT do beside a Swin and a ResNet of like size?', ('lavit', 'swin', 'resnet')
+        'How does LaViT do beside a Swin, a PVTv2 and a ResNet of like size?',
+        ('lavit', 'stem', 'swin', 'pvt', 'resnet'),
     ),
-    'residual': Experiment(
-        'What does passing scores on from stage to stage buy?', ('lavit', 'no-residual')
+    'options': Experiment(
+        'What do a convolutional stem and overlapping downsampling buy?',
+        ('lavit', 'stem', 'overlap', 'stem-overlap'),
+    ),
+    'start': Experiment(
+        'How should the position convolution start?',
+        ('lavit', 'no-position', 'position-0', 'position-0.1', 'position-0.47', 'position-scaled'),
     ),
     'diagonality': Experiment(
-        'What does the diagonality preserving loss buy?', ('lavit', 'no-diagonality')
+        'What does the diagonality preserving loss buy?',
+        ('lavit', 'diagonality-0.01', 'diagonality-0.1', 'diagonality-1'),
     ),
-    'position': Experiment(
-        'What does the position convolution buy, and how should it start?',
-        ('lavit', 'no-position', 'position-from-zero'),
+    'residual': Experiment(
+        'What does passing scores on from stage to stage buy?',
+        ('lavit', 'no-residual', 'residual-1'),
     ),
     'mixing': Experiment('What do Psi and Theta buy?', ('lavit', 'no-mixing')),
-    'windows': Experiment(
-        'How large should windows be?', ('lavit', 'windows-4', 'windows-14', 'windows-16')
+    'scores': Experiment(
+        'How should Q and K and the norms start?', ('lavit', 'query-key-0.1', 'eps-1e-5')
     ),
+    'windows': Experiment('How large should windows be?', ('lavit', 'windows-4', 'windows-16')),
 }
