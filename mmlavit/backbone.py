@@ -35,7 +35,7 @@ SLAB_TOKENS = 16384
 
 # Standard deviation of the position convolutions' weights at the start, in a stage of at most
 # POSITION_LAYERS layers; in deeper ones it falls with the square root of the depth.
-POSITION_STD = 0.2
+POSITION_STD = 0.15
 POSITION_LAYERS = 3
 
 

@@ -16,7 +16,6 @@ from .attention import LessAttention
 from .backbone import LaViT
 from .windows import WindowGrid
 
-
 # What a checkpoint's meta has since the loss does not grow with the scores.
 _MARK = 'scale_free_diagonality_loss'
 
@@ -84,9 +83,7 @@ def diagonality_preserving_loss(scores: Tensor, valid: Tensor | None = None) -> 
     return (violation.sum(dim=(-2, -1)) / pairs).masked_fill(is_even, 0).mean()
 
 
-def _unit_spread(
-    scores: Tensor, padded: Tensor | None, count: Tensor
-) -> tuple[Tensor, Tensor]:
+def _unit_spread(scores: Tensor, padded: Tensor | None, count: Tensor) -> tuple[Tensor, Tensor]:
     """Maps divided by the standard deviation over their pairs of real tokens.
 
     Args:

@@ -2,6 +2,7 @@
 
 import math
 from itertools import permutations
+from statistics import pstdev
 
 import pytest
 import torch
@@ -28,7 +29,8 @@ def naive_loss(scores: Tensor, valid: Tensor | None = None) -> float:
             pairs = list(permutations(real, 2))
             asymmetry = sum(abs(a[i][j] - a[j][i]) for i, j in pairs)
             excess = sum(max(a[i][j] - a[i][i], 0) for i, j in pairs)
-            means.append((asymmetry + excess) / len(pairs) if pairs else 0)
+            spread = pstdev(a[i][j] for i in real for j in real) if pairs else 0
+            means.append((asymmetry + excess) / len(pairs) / spread if spread else 0)
     return sum(means) / len(means)
 
 
@@ -80,22 +82,23 @@ def test_zero_where_the_diagonal_is_only_as_large():
 
 
 @pytest.mark.parametrize(
-    'a, expected',
+    'a, violation, variance',
     [
         # Asymmetry alone: both ordered pairs differ by 1.
-        ([[2, 1], [0, 2]], 1),
+        ([[2, 1], [0, 2]], 1, 11 / 16),
         # Dominance alone: 1 over the diagonal in row 0, 3 in row 1.
-        ([[1, 2], [2, -1]], (1 + 3) / 2),
+        ([[1, 2], [2, -1]], (1 + 3) / 2, 3 / 2),
         # Both: |3 - 1| twice; 3 over 2 in row 0, 1 under 2 in row 1.
-        ([[2, 3], [1, 2]], (2 + 2) / 2 + 1 / 2),
+        ([[2, 3], [1, 2]], (2 + 2) / 2 + 1 / 2, 1 / 2),
         # One of six ordered pairs of each kind: A_01 is 1 more than A_10 and 1 over A_00.
-        ([[0, 1, -5], [0, 9, -5], [-5, -5, 9]], (1 + 1) / 6 + 1 / 6),
+        ([[0, 1, -5], [0, 9, -5], [-5, -5, 9]], (1 + 1) / 6 + 1 / 6, 263 / 9 - (1 / 9) ** 2),
         # Rows are compared with their own diagonal: A_10 = 1 is over A_00 = 0, which is no matter.
-        ([[0, 1], [1, 9]], 1 / 2),
+        ([[0, 1], [1, 9]], 1 / 2, 83 / 4 - (11 / 4) ** 2),
     ],
 )
-def test_by_hand(a, expected):
+def test_by_hand(a, violation, variance):
     scores = torch.tensor(a, dtype=torch.float64)[None, None]
+    expected = violation / math.sqrt(variance)
     assert diagonality_preserving_loss(scores).item() == pytest.approx(expected, abs=1e-12)
 
 
@@ -110,11 +113,97 @@ def test_each_violation_alone_is_seen():
     assert diagonality_preserving_loss(overtaken) > 0
 
 
-def test_scales_with_the_scores_and_ignores_a_shift():
+@pytest.mark.parametrize('valid', [None, VALID], ids=['whole', 'padded'])
+@pytest.mark.parametrize('c', [1e-4, 1e-2, 3.0, 1e2, 1e4])
+def test_looks_at_the_pattern_whatever_its_scale(c, valid):
+    scores = random_scores(WINDOWS, HEADS, N, N).float()
+    loss = diagonality_preserving_loss(scores, valid)
+    scaled = diagonality_preserving_loss(c * scores, valid)
+    assert scaled.item() == pytest.approx(loss.item(), rel=1e-4)
+    # Each map has a scale of its own.
+    factors = torch.tensor([[1.0, c], [c, 1.0], [c, c]])[..., None, None]
+    apart = diagonality_preserving_loss(factors * scores, valid)
+    assert apart.item() == pytest.approx(loss.item(), rel=1e-4)
+
+
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
+def test_half_precision_keeps_the_pattern_as_far_as_it_can(dtype):
+    scores = random_scores(WINDOWS, HEADS, N, N)
+    loss = diagonality_preserving_loss(scores)
+    # Beyond these, float16 rounds more coarsely or ends.
+    for c in (1e-2, 1.0, 1e4):
+        rounded = diagonality_preserving_loss((c * scores).to(dtype))
+        assert rounded.item() == pytest.approx(loss.item(), rel=4 * torch.finfo(dtype).eps)
+
+
+def test_ignores_a_shift():
     scores = random_scores(WINDOWS, HEADS, N, N)
     loss = diagonality_preserving_loss(scores, VALID)
-    torch.testing.assert_close(diagonality_preserving_loss(3 * scores, VALID), 3 * loss)
     torch.testing.assert_close(diagonality_preserving_loss(scores + 5, VALID), loss)
+
+
+@pytest.mark.parametrize('valid', [None, VALID], ids=['whole', 'padded'])
+@pytest.mark.parametrize('c', [1e-4, 1.0, 1e4])
+def test_never_asks_for_larger_or_smaller_scores(c, valid):
+    """Its gradient is orthogonal to each map, and to even maps."""
+    scores = (c * random_scores(WINDOWS, HEADS, N, N)).requires_grad_()
+    (gradient,) = torch.autograd.grad(diagonality_preserving_loss(scores, valid), scores)
+    size = gradient.norm(dim=(-2, -1)) * scores.detach().norm(dim=(-2, -1))
+    assert (size > 0).all()
+    along = (gradient * scores.detach()).sum(dim=(-2, -1))
+    assert (along.abs() <= 1e-12 * size).all()
+    sums = gradient.abs().sum(dim=(-2, -1))
+    assert (gradient.sum(dim=(-2, -1)).abs() <= 1e-12 * sums).all()
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float64, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize('value', [0.0, 1e-4, -7.0, 6e4])
+@pytest.mark.parametrize('noise', [0.0, 3e-7])
+def test_an_even_map_counts_as_zero_and_pulls_nowhere(value, noise, dtype):
+    even = (value * (1 + noise * random_scores(WINDOWS, HEADS, N, N))).to(dtype)
+    even = even.requires_grad_()
+    for valid in (None, VALID):
+        loss = diagonality_preserving_loss(even, valid)
+        (gradient,) = torch.autograd.grad(loss, even)
+        assert loss == 0 and gradient.isfinite().all() and not gradient.any()
+    # Beside it, others count as ever.
+    lively = random_scores(WINDOWS, HEADS, N, N).to(dtype)
+    both = torch.cat([even.detach(), lively]).requires_grad_()
+    loss = diagonality_preserving_loss(both)
+    torch.testing.assert_close(loss, diagonality_preserving_loss(lively) / 2)
+    (gradient,) = torch.autograd.grad(loss, both)
+    assert not gradient[:WINDOWS].any() and gradient[WINDOWS:].isfinite().all()
+
+
+def test_a_map_that_is_hardly_uneven_counts():
+    scores = 1 + 1e-5 * random_scores(WINDOWS, HEADS, N, N)
+    assert diagonality_preserving_loss(scores) > 0.1
+
+
+def test_training_on_it_alone_makes_the_pattern_and_leaves_the_size():
+    """Q and K of random tokens, 300 steps of Adam with a learning rate of 1e-3, falling to 0."""
+    tokens, d, steps = 16, 32, 300
+    generator = seeded(0)
+    x = torch.randn(8, tokens, d, generator=generator)
+    q, k = (torch.randn(d, d, generator=generator).div(math.sqrt(d)) for _ in range(2))
+    q, k = q.requires_grad_(), k.requires_grad_()
+    optimizer = torch.optim.Adam([q, k], lr=1e-3)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, steps)
+
+    def scores() -> Tensor:
+        return ((x @ q) @ (x @ k).mT / math.sqrt(d)).unsqueeze(1)
+
+    start = scores().detach()
+    assert start.std().item() == pytest.approx(1, abs=0.2)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        diagonality_preserving_loss(scores()).backward()
+        optimizer.step()
+        schedule.step()
+    end = scores().detach()
+    before, after = diagonality_preserving_loss(start), diagonality_preserving_loss(end)
+    assert after <= before / 10
+    assert 1 / 2 <= end.std() / start.std() <= 2
 
 
 def test_descent_on_it_alone_restores_both_properties():
@@ -219,7 +308,7 @@ def test_gradcheck(valid):
 @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize('autocast', [False, True])
 def test_half_precision_is_computed_in_float32(dtype, autocast):
-    # Differences up to 1.2e5 and sums of them, which float16 cannot hold.
+    # Differences up to 1.2e5, sums of them and squares, which float16 cannot hold.
     scores = (6e4 * random_scores(64, HEADS, N, N).clamp(-1, 1)).to(dtype).requires_grad_()
     with torch.autocast('cpu', torch.bfloat16, enabled=autocast):
         loss = diagonality_preserving_loss(scores)

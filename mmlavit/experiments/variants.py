@@ -73,9 +73,7 @@ VARIANTS = {
         _ablated(position_std=math.sqrt(2 / 9)),
         hooks=(dict(type='GrowingDiagonalityLossHook'),),
     ),
-    'vanilla': Variant(
-        'all-vanilla twin', _lavit(arch={**ARCH, 'vanilla_depths': ARCH['depths']})
-    ),
+    'vanilla': Variant('all-vanilla twin', _lavit(arch={**ARCH, 'vanilla_depths': ARCH['depths']})),
     'stem': Variant('LaViT, convolutional stem', _lavit(conv_stem=True)),
     'overlap': Variant('LaViT, overlapping downsampling', _lavit(overlap_downsample=True)),
     'stem-overlap': Variant('LaViT, both', _lavit(conv_stem=True, overlap_downsample=True)),
