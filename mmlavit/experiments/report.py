@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import statistics
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,41 @@ def _rates_table(experiment: Experiment, results: list[dict[str, Any]], tasks: l
             cells.append(' / '.join(f'{r["metric"]:.1f}' if r else '–' for r in at))
         lines.append(f'| {" | ".join(cells)} |')
     return '\n'.join(lines)
+
+
+def alive(results: list[dict[str, Any]]) -> str:
+    """The table of how even the attention of each trained LaViT is.
+
+    Args:
+        results: As for :func:`table`.
+
+    Returns:
+        Markdown. For each variant and task the entropy of the attention in each stage over the
+        validation images, the mean over the seeds: 1 is a plain average over all keys. In brackets
+        the standard deviation of a query's scores over its keys.
+    """
+    tasks = [t for t in TASKS if any(r['task'] == t for r in results)]
+    lines = [
+        '| | ' + ' | '.join(TASKS[t].title for t in tasks) + ' |',
+        '|---' * (len(tasks) + 1) + '|',
+    ]
+    for variant, about in VARIANTS.items():
+        cells = []
+        for task in tasks:
+            own = [r for r in _of(results, task, variant) if 'entropy' in r]
+            stages = zip(
+                *([_mean(r[name] for r in own) for name in ('entropy', 'scores')] if own else []),
+                strict=True,
+            )
+            cells.append(', '.join(f'{e:.2f} ({s:.2g})' for e, s in stages) or '–')
+        if any(cell != '–' for cell in cells):
+            lines.append(f'| {about.title} | {" | ".join(cells)} |')
+    return '\n'.join(lines)
+
+
+def _mean(rows: Iterable[list[float]]) -> list[float]:
+    """Of each place in some lists."""
+    return [statistics.mean(values) for values in zip(*rows, strict=True)]
 
 
 def _cell(results: list[dict[str, Any]], base: list[dict[str, Any]]) -> str:
@@ -167,7 +203,8 @@ def fill_in(page: str, results: list[dict[str, Any]], times: dict[str, float]) -
 
     Args:
         page: Markdown with, for each experiment that has a table, a line
-            ``<!-- results: NAME -->`` and later a line ``<!-- end of results -->``.
+            ``<!-- results: NAME -->`` and later a line ``<!-- end of results -->``. The name
+            ``alive`` is for :func:`alive`.
         results: As for :func:`table`.
         times: As for :func:`table`.
 
@@ -180,12 +217,16 @@ def fill_in(page: str, results: list[dict[str, Any]], times: dict[str, float]) -
 
     def fresh(match: re.Match) -> str:
         name = match[1]
-        if name not in EXPERIMENTS:
+        if name == 'alive':
+            found = alive(results)
+        elif name in EXPERIMENTS:
+            found = table(EXPERIMENTS[name], results, times)
+        else:
             raise ValueError(
-                f'the page asks for results of {name!r}; there are {", ".join(EXPERIMENTS)}'
+                f'the page asks for results of {name!r}; there are alive, {", ".join(EXPERIMENTS)}'
             )
         start, end = (mark.format(name) for mark in _MARKS)
-        return f'{start}\n\n{table(EXPERIMENTS[name], results, times)}\n\n{end}'
+        return f'{start}\n\n{found}\n\n{end}'
 
     start, end = (re.escape(mark) for mark in _MARKS)
     return re.sub(start.replace(r'\{\}', r'(\S+)') + '.*?' + end, fresh, page, flags=re.DOTALL)

@@ -116,6 +116,7 @@ VARIANTS = {
     'no-position': Variant('no position convolution', _ablated(position=False)),
     'position-0': Variant('position convolution from 0', _ablated(position_std=0.0)),
     'position-0.1': Variant('standard deviation 0.1', _ablated(position_std=0.1)),
+    'position-0.2': Variant('standard deviation 0.2', _ablated(position_std=0.2)),
     'position-0.47': Variant(
         'standard deviation 0.47, as it was', _ablated(position_std=math.sqrt(2 / 9))
     ),
@@ -171,7 +172,10 @@ EXPERIMENTS = {
     ),
     'start': Experiment(
         'How should the position convolution start?',
-        ('lavit', 'no-position', 'position-0', 'position-0.1', 'position-0.47', 'position-scaled'),
+        (
+            *('lavit', 'no-position', 'position-0', 'position-0.1', 'position-0.2'),
+            *('position-0.47', 'position-scaled'),
+        ),
     ),
     'diagonality': Experiment(
         'What does the diagonality preserving loss buy?',
