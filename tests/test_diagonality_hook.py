@@ -601,6 +601,32 @@ def test_says_when_the_backbone_took_no_part():
         losses_of(model, batch_of())
 
 
+@pytest.mark.parametrize(
+    'began, said', [('now', False), ('before', True), ('without the loss', False)]
+)
+@pytest.mark.parametrize('resume', [True, False])
+def test_a_training_that_began_under_the_earlier_loss_goes_on(tmp_path, began, said, resume):
+    options = dict(default_hooks=dict(logger=None, checkpoint=dict(type='CheckpointHook')))
+    config = "custom_hooks = [dict(type='DiagonalityLossHook')]"
+    make_runner(tmp_path / 'first', toy(), **options).train()
+    (path,) = (tmp_path / 'first').glob('*.pth')
+    checkpoint = torch.load(path, weights_only=False)
+    checkpoint['meta']['cfg'] = '' if began == 'without the loss' else config
+    if began != 'now':
+        # The loss of before left no mark.
+        checkpoint['meta'] = {k: v for k, v in checkpoint['meta'].items() if 'diagonality' not in k}
+    torch.save(checkpoint, path)
+    options['train_cfg'] = dict(by_epoch=False, max_iters=4)
+    runner = make_runner(tmp_path / 'second', toy(), load_from=str(path), resume=resume, **options)
+    lines = []
+    runner.logger.addFilter(lambda record: lines.append(record.getMessage()) or True)
+    runner.train()
+    assert runner.iter == 4
+    about = [line for line in lines if 'DiagonalityLossHook' in line]
+    assert len(about) == (said and resume), lines
+    assert all('\n' not in line for line in about)
+
+
 @pytest.mark.filterwarnings('ignore:.*use_reentrant', 'ignore:None of the inputs')
 @pytest.mark.parametrize('modules', [['backbone.stages.1'], ['backbone']])
 def test_refuses_what_hides_layers_from_it(tmp_path, modules):
