@@ -24,6 +24,7 @@ REPOSITORY_TOOLS = (
     'attention_cost.py',
     'architecture_figures.py',
     'experiments.py',
+    'start_figure.py',
 )
 
 # The maintained continuation. Tried together, in this order, with torch 2.13: 0.10.12, 2.3.6,
