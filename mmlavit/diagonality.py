@@ -123,7 +123,8 @@ class DiagonalityLossHook(Hook):
     mmpretrain's classifiers, would hide the sum, so it is logged as ``loss_task``.
 
     Args:
-        loss_weight: Factor of the loss; the paper adds it as it is. Defaults to 1.
+        loss_weight: Factor of the loss; the paper adds it as it is. 0 switches the hook off: it
+            does nothing at all. Defaults to 1.
 
     Raises:
         TypeError: If ``loss_weight`` is not a number.
@@ -149,12 +150,13 @@ class DiagonalityLossHook(Hook):
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         """Note in the checkpoint which loss it was trained with."""
-        checkpoint.setdefault('meta', {})[_MARK] = True
+        if self.loss_weight:
+            checkpoint.setdefault('meta', {})[_MARK] = True
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         """Say so where a training goes on that began under the loss of before."""
         meta = checkpoint.get('meta', {})
-        resumes = getattr(runner, '_resume', False)
+        resumes = self.loss_weight and getattr(runner, '_resume', False)
         if resumes and _MARK not in meta and type(self).__name__ in str(meta.get('cfg', '')):
             runner.logger.warning(
                 'DiagonalityLossHook: this training began when the loss still grew with the '
@@ -163,7 +165,9 @@ class DiagonalityLossHook(Hook):
             )
 
     def before_train(self, runner: Runner) -> None:
-        """Start watching the model that the runner trains."""
+        """Start watching the model that the runner trains, unless the weight is 0."""
+        if not self.loss_weight:
+            return
         model = runner.model
         while is_model_wrapper(model):
             model = model.module

@@ -261,12 +261,21 @@ def test_weight_is_the_factor_of_its_gradients():
     names = dict(model.named_parameters())
     task = gradients(model(**batch, mode='loss')['loss_cls'], names)
     naive = naive_gradients(model, batch['inputs'])
-    for loss_weight in (0, 0.5, 3.0):
+    for loss_weight in (0.5, 3.0):
         loss, log_vars = model.parse_losses(losses_of(model, batch, loss_weight=loss_weight))
         torch.testing.assert_close(log_vars['loss'], log_vars['loss_cls'] + log_vars['loss_dp'])
         for name, got in gradients(loss, names).items():
             expected = task[name] + loss_weight * naive[name]
             torch.testing.assert_close(got, expected, rtol=1e-7, atol=1e-12, msg=name)
+
+
+def test_a_weight_of_0_switches_it_off(tmp_path):
+    model = toy(arch={**ARCH, 'vanilla_depths': ARCH['depths']})
+    hook = dict(type='DiagonalityLossHook', loss_weight=0.0)
+    # A model without a less-attention layer is none of its business then.
+    make_runner(tmp_path / 'off', model, custom_hooks=[hook]).train()
+    assert not any('loss_dp' in line for line in scalars(tmp_path / 'off'))
+    assert hooks_on(model) == 0
 
 
 def test_defaults_to_the_weight_of_the_paper():

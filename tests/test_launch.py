@@ -438,7 +438,7 @@ def test_torchrun(tmp_path):
             *shapes_options(data),
             *('env_cfg.dist_cfg.backend=gloo', 'train_dataloader.batch_size=2'),
             *('train_cfg.max_epochs=2', 'train_cfg.val_interval=2'),
-            'default_hooks.logger.interval=1',
+            *('default_hooks.logger.interval=1', 'custom_hooks.0.loss_weight=0.1'),
             cwd=tmp_path,
             path=[tmp_path],
             launcher=['-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2'],

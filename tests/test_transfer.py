@@ -407,7 +407,7 @@ def test_the_command_line(tmp_path, pretrained):
     assert set(missing.split(', ')) == {
         f'norm{m}.{kind}' for m in range(3) for kind in ('weight', 'bias')
     }
-    assert re.search(r'Epoch\(train\)\s+\[1\]\[1/1\].*loss_dp: ', result.stdout)
+    assert re.search(r'Epoch\(train\)\s+\[1\]\[1/1\].*loss_mask: ', result.stdout)
 
 
 @pytest.mark.slow

@@ -1,6 +1,10 @@
 # What every training of a LaViT has in common.
 custom_imports = dict(imports=['mmlavit'])
-custom_hooks = [dict(type='DiagonalityLossHook')]
+custom_hooks = [
+    # The paper's auxiliary loss. It is off, as no training of ours gained by it; to switch it on:
+    # --cfg-options custom_hooks.0.loss_weight=0.1
+    dict(type='DiagonalityLossHook', loss_weight=0.0),
+]
 
 # For default_hooks: a killed training resumes as if nothing had happened.
 lavit_hooks = dict(
