@@ -30,7 +30,6 @@ from mmlavit.experiments.variants import (
 
 PAGE = ROOT / 'docs/experiments/README.md'
 RESULTS = ROOT / 'docs/experiments/results.jsonl'
-TIMES = ROOT / 'docs/experiments/times.json'
 
 
 # ---------------------------------------------------------------------------------------------
@@ -415,6 +414,19 @@ def test_the_table_of_living_attention_has_a_mean_for_each_stage():
     assert lavit == '| LaViT (windows 8) | 0.30 (4), 0.95 (0.3) |'
 
 
+def test_the_table_of_other_windows_has_mean_differences():
+    sizes = {(8, 8): (50.0, 60.0), (4, 4): (49.0, 57.0)}
+    rows = [
+        dict(seed=seed, windows=list(windows), metric=metric)
+        for windows, metrics in sizes.items()
+        for seed, metric in enumerate(metrics)
+    ]
+    assert report.resized(rows).splitlines()[2:] == [
+        '| 8, 8 | 55.0 | +0.0 |',
+        '| 4, 4 | 53.0 | -2.0 |',
+    ]
+
+
 def test_equal_measurements_have_no_spread():
     assert report.difference([10.0, 10.0]) == (10.0, 10.0)
 
@@ -440,12 +452,12 @@ def test_curves_are_means_and_bands(tmp_path, monkeypatch):
 
 def test_a_page_is_filled_in_again_and_again():
     page = 'a\n<!-- results: mixing -->\nold\n<!-- end of results -->\nb\n'
-    filled = report.fill_in(page, FAKE, {})
+    filled = report.fill_in(page, FAKE, {}, [])
     assert 'old' not in filled and '82.0 ± 2.0' in filled
     assert filled.startswith('a\n') and filled.endswith('\nb\n')
-    assert report.fill_in(filled, FAKE, {}) == filled
+    assert report.fill_in(filled, FAKE, {}, []) == filled
     with pytest.raises(ValueError, match="results of 'mix'"):
-        report.fill_in(page.replace('mixing', 'mix'), FAKE, {})
+        report.fill_in(page.replace('mixing', 'mix'), FAKE, {}, [])
 
 
 def test_the_committed_page_is_of_the_committed_results():
@@ -453,7 +465,8 @@ def test_the_committed_page_is_of_the_committed_results():
     # None of an earlier budget or of earlier data.
     assert len(results) == len(RESULTS.read_text().splitlines())
     text = PAGE.read_text()
-    assert report.fill_in(text, results, json.loads(TIMES.read_text())) == text
+    kept = [json.loads((PAGE.parent / f).read_text()) for f in ('times.json', 'resizing.json')]
+    assert report.fill_in(text, results, *kept) == text
     for name, experiment in EXPERIMENTS.items():
         assert f'<!-- results: {name} -->' in text
         assert (PAGE.parent / f'{name}.png').exists() or experiment.rates

@@ -14,7 +14,7 @@ from pathlib import Path
 os.environ.setdefault('OMP_NUM_THREADS', '1')
 os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')
 
-from mmlavit.experiments import report, study
+from mmlavit.experiments import report, resizing, study
 from mmlavit.experiments.cost import step_ratios
 from mmlavit.experiments.photographs import VARIABLE, archive
 from mmlavit.experiments.tasks import TASKS
@@ -48,6 +48,11 @@ def main() -> None:
         help='plots and tables of what is there',
     )
     parser.add_argument('--time', action='store_true', help='also time a step of each variant')
+    parser.add_argument(
+        '--resize',
+        action='store_true',
+        help='also try the trained classifiers of photographs at other window sizes',
+    )
     args = parser.parse_args()
     results_file = OUT / 'results.jsonl'
     chosen = args.tasks or list(TASKS)
@@ -61,6 +66,9 @@ def main() -> None:
             raise FileNotFoundError(f'{page} is not here; start at the top of the repository')
         if not args.report_only:
             study.run(wanted, results_file, args.jobs)
+        resizing_file = OUT / 'resizing.json'
+        if args.resize:
+            resizing_file.write_text(json.dumps(resizing.measure(args.seeds), indent=2) + '\n')
     except (ValueError, OSError, RuntimeError) as error:
         parser.exit(1, f'{parser.prog}: {error}\n')
     results = study.read_results(results_file)
@@ -73,7 +81,8 @@ def main() -> None:
             if not experiment.rates:
                 print(report.draw(experiment, results, OUT / f'{name}.png'))
             print(f'{experiment.question}\n\n{report.table(experiment, results, times)}\n')
-    page.write_text(report.fill_in(page.read_text(), results, times))
+    at_sizes = json.loads(resizing_file.read_text()) if resizing_file.exists() else []
+    page.write_text(report.fill_in(page.read_text(), results, times, at_sizes))
 
 
 if __name__ == '__main__':

@@ -112,6 +112,29 @@ def alive(results: list[dict[str, Any]]) -> str:
     return '\n'.join(lines)
 
 
+def resized(rows: list[dict[str, Any]]) -> str:
+    """The table of classifiers at other window sizes than they were trained with.
+
+    Args:
+        rows: As :func:`mmlavit.experiments.resizing.measure` returns them.
+
+    Returns:
+        Markdown: for each size the mean over the seeds and the mean difference from the first.
+    """
+    by_size: dict[tuple[int, ...], dict[int, float]] = {}
+    for row in rows:
+        by_size.setdefault(tuple(row['windows']), {})[row['seed']] = row['metric']
+    lines = ['| windows | top-1 | difference |', '|---|---|---|']
+    trained = next(iter(by_size.values()), {})
+    for windows, metrics in by_size.items():
+        gap = statistics.mean(metrics[seed] - trained[seed] for seed in metrics)
+        lines.append(
+            f'| {", ".join(map(str, windows))} | {statistics.mean(metrics.values()):.1f} | '
+            f'{gap:+.1f} |'
+        )
+    return '\n'.join(lines)
+
+
 def _mean(rows: Iterable[list[float]]) -> list[float]:
     """Of each place in some lists."""
     return [statistics.mean(values) for values in zip(*rows, strict=True)]
@@ -198,15 +221,21 @@ def draw(experiment: Experiment, results: list[dict[str, Any]], out: Path) -> Pa
     return out
 
 
-def fill_in(page: str, results: list[dict[str, Any]], times: dict[str, float]) -> str:
+def fill_in(
+    page: str,
+    results: list[dict[str, Any]],
+    times: dict[str, float],
+    resizing: list[dict[str, Any]],
+) -> str:
     """Put the tables into a page.
 
     Args:
         page: Markdown with, for each experiment that has a table, a line
             ``<!-- results: NAME -->`` and later a line ``<!-- end of results -->``. The name
-            ``alive`` is for :func:`alive`.
+            ``alive`` is for :func:`alive`, ``resizing`` for :func:`resized`.
         results: As for :func:`table`.
         times: As for :func:`table`.
+        resizing: As for :func:`resized`.
 
     Returns:
         The page with the present tables between those lines.
@@ -219,11 +248,14 @@ def fill_in(page: str, results: list[dict[str, Any]], times: dict[str, float]) -
         name = match[1]
         if name == 'alive':
             found = alive(results)
+        elif name == 'resizing':
+            found = resized(resizing)
         elif name in EXPERIMENTS:
             found = table(EXPERIMENTS[name], results, times)
         else:
             raise ValueError(
-                f'the page asks for results of {name!r}; there are alive, {", ".join(EXPERIMENTS)}'
+                f'the page asks for results of {name!r}; there are alive, resizing, '
+                f'{", ".join(EXPERIMENTS)}'
             )
         start, end = (mark.format(name) for mark in _MARKS)
         return f'{start}\n\n{found}\n\n{end}'

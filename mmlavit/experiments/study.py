@@ -139,6 +139,11 @@ def _key(result: dict[str, Any]) -> Training:
     return Training(*(result[name] for name in Training._fields))
 
 
+def work_dir_of(task: str, variant: str, seed: int, rate: float) -> Path:
+    """Where a training leaves its logs and weights; arguments as of :class:`Training`."""
+    return WORK_DIR / task / f'{variant}-{seed}-{rate:g}'
+
+
 def _import_toolboxes() -> None:
     register_backbones()
     import mmpretrain.models  # noqa: F401
@@ -148,7 +153,7 @@ def _import_toolboxes() -> None:
 def _train(training: Training) -> tuple[Training, dict[str, Any] | str]:
     """Train in a process of its own, its output in a file; an error comes back as a line."""
     torch.set_num_threads(1)
-    work_dir = WORK_DIR / training.task / f'{training.variant}-{training.seed}-{training.rate:g}'
+    work_dir = work_dir_of(*training)
     work_dir.mkdir(parents=True, exist_ok=True)
     with (work_dir / 'output.log').open('w') as log:
         os.dup2(log.fileno(), sys.stdout.fileno())
