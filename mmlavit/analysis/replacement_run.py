@@ -27,8 +27,6 @@ from .replacement import HOWS, MeanAttention, replaceable, replaced
 
 # What counts where nothing else is asked for: the metrics of our configs.
 MAIN_METRICS = ('accuracy/top1', 'coco/bbox_mAP', 'coco/segm_mAP', 'mIoU')
-# A change of less than so many points is called nothing.
-THRESHOLD = 0.5
 
 # Head of a column, and what a model that loses nothing tells.
 _WORDS = {
@@ -175,7 +173,7 @@ def draw_table(measured: Measured, metric: str) -> str:
     return '\n'.join(f'| {" | ".join(row)} |' for row in rows)
 
 
-def judge(measured: Measured, metric: str, threshold: float = THRESHOLD) -> list[str]:
+def judge(measured: Measured, metric: str, threshold: float) -> list[str]:
     """Say which parts do nothing that a metric sees, and which do harm.
 
     Args:
@@ -209,8 +207,8 @@ def judge(measured: Measured, metric: str, threshold: float = THRESHOLD) -> list
     return [*worse, *idle, *unsure] or [all_cost]
 
 
-def to_json(measured: Measured, threshold: float = THRESHOLD) -> str:
-    """All numbers and sentences, with stages counted from 1, as in the table."""
+def to_json(measured: Measured, threshold: float) -> str:
+    """All numbers and what :func:`judge` says, with stages counted from 1, as in the table."""
     changes = [
         {**asdict(c), 'stage': None if c.stage is None else c.stage + 1} for c in measured.changes
     ]
@@ -309,7 +307,7 @@ class _Hits(Hook):
     ) -> None:
         for sample in outputs:
             if 'pred_label' in sample and 'gt_label' in sample:
-                self.found.append(bool((sample.pred_label == sample.gt_label).all()))
+                self.found.append(sample.pred_label.tolist() == sample.gt_label.tolist())
 
 
 def _names(metrics: dict[str, Any], metric: str | None, config: str | Path) -> list[str]:
