@@ -16,7 +16,7 @@ from ..checkpoint import strip_prefix
 from ..checkpoint_file import read_weights
 from ..data_checks import refuse_empty_data
 from ..launch import read_scope, require_package
-from .loading import AnalysisError
+from .loading import AnalysisError, one_line
 
 # mmpretrain's models add the type themselves.
 _PREPROCESSORS = {'mmpretrain': 'ClsDataPreprocessor'}
@@ -42,7 +42,7 @@ def read_config(name: str) -> tuple[Config, str]:
         try:
             path, _ = Config._get_cfg_path(name, '')
         except (ImportError, OSError, ValueError) as error:
-            raise AnalysisError(f'no config {name}: {_one_line(error)}') from error
+            raise AnalysisError(f'no config {name}: {one_line(error)}') from error
     scope = read_scope(Path(path))
     require_package(scope)
     return Config.fromfile(path), scope
@@ -77,7 +77,7 @@ def load_backbone(name: str, checkpoint: str | None = None, seed: int = 0) -> nn
     try:
         model = MODELS.build(backbone)
     except Exception as error:
-        raise AnalysisError(f'cannot build the backbone of {name}: {_one_line(error)}') from error
+        raise AnalysisError(f'cannot build the backbone of {name}: {one_line(error)}') from error
     model.init_weights()
     if checkpoint is not None:
         weights = read_weights(checkpoint)
@@ -87,7 +87,7 @@ def load_backbone(name: str, checkpoint: str | None = None, seed: int = 0) -> nn
             model.load_state_dict(weights)
         except (RuntimeError, ValueError) as error:
             raise AnalysisError(
-                f'{checkpoint} does not fit the backbone of {name}: {_one_line(error)}'
+                f'{checkpoint} does not fit the backbone of {name}: {one_line(error)}'
             ) from error
     model.eval()  # of Swin it returns nothing
     return model
@@ -133,15 +133,10 @@ def load_images(name: str, count: int) -> Iterator[Tensor]:
         preprocess = MODELS.build(preprocessor)
         loader = Runner.build_dataloader({**settings, 'num_workers': 0})
     except (KeyError, TypeError) as error:
-        raise AnalysisError(f'cannot build the data of {name}: {_one_line(error)}') from error
+        raise AnalysisError(f'cannot build the data of {name}: {one_line(error)}') from error
     data = loader.dataset
     count = min(count, len(data))
     for i in range(count):
         batch = loader.collate_fn([data[i * len(data) // count]])
         inputs = preprocess(batch, training=False)['inputs']
         yield inputs if isinstance(inputs, Tensor) else torch.stack(inputs)
-
-
-def _one_line(error: Exception) -> str:
-    words = ' '.join(str(error).split()) or type(error).__name__
-    return words if len(words) <= 300 else f'{words[:300]} ...'

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -53,6 +55,33 @@ def load_model(config: str | Path, checkpoint: str | None) -> tuple[nn.Module, C
         AnalysisError: If the config has no model, the model no LaViT, or the checkpoint does not
             fit it. Errors of the config itself are a :class:`mmlavit.launch.LaunchError`.
     """
+    with torch.random.fork_rng(devices=()):
+        torch.manual_seed(0)
+        model, cfg = build_model(config)
+        if checkpoint is None:
+            model.init_weights()
+    if checkpoint is not None:
+        path, lavit = find_lavit(model)
+        weights = read_weights(checkpoint)
+        # A checkpoint of the LaViT alone has no prefix.
+        weights = strip_prefix(weights, f'{path}.' if path else '') or weights
+        load_weights(lavit, weights, checkpoint, config)
+    return model.eval(), cfg
+
+
+def build_model(config: str | Path) -> tuple[nn.Module, Config]:
+    """Build the model of a config, without initializing its weights.
+
+    Args:
+        config: A config of mmdet, mmseg or mmpretrain.
+
+    Returns:
+        The model and its config.
+
+    Raises:
+        AnalysisError: If the config has no model, or the model no LaViT. Errors of the config
+            itself are a :class:`mmlavit.launch.LaunchError`.
+    """
     scope = read_scope(Path(config))
     require_package(scope)
     cfg = Config.fromfile(config)
@@ -62,27 +91,39 @@ def load_model(config: str | Path, checkpoint: str | None) -> tuple[nn.Module, C
     if 'data_preprocessor' in cfg:
         # As MMEngine's runner does.
         cfg.model.setdefault('data_preprocessor', cfg.data_preprocessor)
-    with torch.random.fork_rng(devices=()):
-        torch.manual_seed(0)
-        try:
-            model = MODELS.build(cfg.model)
-            path, lavit = find_lavit(model)
-        except Exception as error:
-            # What is wrong with a config shows as almost any error.
-            reason = ' '.join(str(error).split()) or type(error).__name__
-            raise AnalysisError(f'{config}: {reason}') from error
-        if checkpoint is None:
-            model.init_weights()
-    if checkpoint is not None:
-        weights = read_weights(checkpoint)
-        # A checkpoint of the LaViT alone has no prefix.
-        weights = strip_prefix(weights, f'{path}.' if path else '') or weights
-        try:
-            lavit.load_state_dict(weights)
-        except (RuntimeError, ValueError) as error:
-            reason = ' '.join(str(error).split())
-            raise AnalysisError(f'{checkpoint} does not fit {config}: {reason}') from error
-    return model.eval(), cfg
+    try:
+        model = MODELS.build(cfg.model)
+        find_lavit(model)
+    except Exception as error:
+        # What is wrong with a config shows as almost any error.
+        raise AnalysisError(f'{config}: {one_line(error)}') from error
+    return model, cfg
+
+
+def load_weights(
+    module: nn.Module, weights: Mapping[str, Any], checkpoint: str, config: str | Path
+) -> None:
+    """Load all weights of a module, and nothing else.
+
+    Args:
+        module: What to load them into.
+        weights: Names and weights.
+        checkpoint: Where they are from, for the error.
+        config: Where the module is from, for the error.
+
+    Raises:
+        AnalysisError: If they do not fit.
+    """
+    try:
+        module.load_state_dict(weights)
+    except (RuntimeError, ValueError) as error:
+        raise AnalysisError(f'{checkpoint} does not fit {config}: {one_line(error)}') from error
+
+
+def one_line(error: Exception) -> str:
+    """The message of an error for an :class:`AnalysisError`, or its type where it has none."""
+    words = ' '.join(str(error).split()) or type(error).__name__
+    return words if len(words) <= 300 else f'{words[:300]} ...'
 
 
 def find_lavit(model: nn.Module) -> tuple[str, LaViT]:
@@ -128,9 +169,8 @@ def load_image(cfg: Config, model: nn.Module, image: str | Path) -> ModelImage:
         data = model.data_preprocessor(pseudo_collate([packed]), False)
     except Exception as error:
         # What cannot be decoded shows as almost any error.
-        reason = ' '.join(str(error).split()) or type(error).__name__
         raise AnalysisError(
-            f"image {image} does not come through the config's test pipeline: {reason}"
+            f"image {image} does not come through the config's test pipeline: {one_line(error)}"
         ) from error
     inputs = data['inputs']
     return ModelImage(inputs, _picture(packed['inputs'], *inputs.shape[-2:]))

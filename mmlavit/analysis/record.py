@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..attention import VanillaAttention
-from ..backbone import LaViT
+from ..backbone import LaViT, Stage
 from ..block import Block
 from ..windows import Slab, WindowGrid
 
@@ -88,37 +88,52 @@ def recording(
     layers: list = []
     handles: list = []
     try:
-        for path, stage, layer, block in _blocks(model, stages):
+        for path, m, stage in stages_of(model, stages):
+            for i, block in enumerate(stage.blocks):
 
-            def hook(
-                block: Block,
-                args: tuple,
-                output: tuple,
-                place: tuple = (f'{path}.attn', stage, layer),
-            ) -> None:
-                found = _layer_attention(place, block, args, output[1], device)
-                layers.append(found if keep is None else keep(found))
+                def hook(
+                    block: Block,
+                    args: tuple,
+                    output: tuple,
+                    place: tuple = (attention_name(path, i), m, i),
+                ) -> None:
+                    found = _layer_attention(place, block, args, output[1], device)
+                    layers.append(found if keep is None else keep(found))
 
-            handles.append(block.register_forward_hook(hook))
+                handles.append(block.register_forward_hook(hook))
         yield layers
     finally:
         for handle in handles:
             handle.remove()
 
 
-def _blocks(
-    model: nn.Module, stages: Sequence[int] | None
-) -> Iterator[tuple[str, int, int, Block]]:
-    """Path, stage, place and module of the layers of every LaViT in a model."""
+def stages_of(
+    model: nn.Module, stages: Sequence[int] | None = None
+) -> Iterator[tuple[str, int, Stage]]:
+    """The stages of every LaViT in a model.
+
+    Args:
+        model: Any model with a LaViT inside, or a LaViT.
+        stages: Which stages, from 0; None for all.
+
+    Yields:
+        Path in the model, number and module of each.
+
+    Raises:
+        TypeError: If ``stages`` is no sequence of integers.
+        ValueError: If the model holds no LaViT, or its LaViT has no such stage.
+    """
     backbones = [(path, m) for path, m in model.named_modules() if isinstance(m, LaViT)]
     if not backbones:
         raise ValueError(f'model must hold a LaViT, {type(model).__name__} holds none')
     for path, backbone in backbones:
-        wanted = check_stages(stages, len(backbone.stages))
-        for m in wanted:
-            for i, block in enumerate(backbone.stages[m].blocks):
-                name = f'stages.{m}.blocks.{i}'
-                yield f'{path}.{name}' if path else name, m, i, block
+        for m in check_stages(stages, len(backbone.stages)):
+            yield f'{path}.stages.{m}' if path else f'stages.{m}', m, backbone.stages[m]
+
+
+def attention_name(path: str, layer: int) -> str:
+    """Path of a layer's attention in a model, from the path of its stage."""
+    return f'{path}.blocks.{layer}.attn'
 
 
 def check_stages(stages: Sequence[int] | None, count: int) -> list[int]:
