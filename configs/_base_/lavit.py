@@ -1,6 +1,6 @@
 # What every training of a LaViT has in common.
 custom_imports = dict(imports=['mmlavit'])
-custom_hooks = [dict(type='DiagonalityLossHook')]
+custom_hooks = [dict(type='DiagonalityLossHook'), dict(type='AttentionHealthHook')]
 
 # For default_hooks: a killed training resumes as if nothing had happened.
 lavit_hooks = dict(
