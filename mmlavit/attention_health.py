@@ -31,8 +31,8 @@ _PAIRS = 2**22
 # What is the matter with a stage, by the measure that says so, in the order of `figures`.
 _FINDINGS = {
     'entropy': (
-        'has gone even: its entropy is {:.4f} of the largest possible, so each token gets the mean '
-        'of its window, whatever the scores are for'
+        'has gone even: its entropy is {:.4f} of the largest possible, so each token gets the '
+        'plain mean of its window, whatever Q, K, Psi and Theta compute'
     ),
     'diagonality': (
         'has gone onto the token itself alone: its diagonality is {:.4f}, so no token learns of '
@@ -45,7 +45,8 @@ _FINDINGS = {
 class AttentionHealthHook(Hook):
     """Says in the log, once, that the attention of a stage of a LaViT has died.
 
-    A model whose attention is a plain average, or looks at the token itself alone, trains all the
+    ``custom_hooks = [dict(type='AttentionHealthHook')]``, as in all our configs, turns it on. A
+    model whose attention is a plain average, or looks at the token itself alone, trains all the
     same: losses fall, and nothing else tells. This hook looks every ``interval`` iterations at the
     training's own forward pass and warns, in one line with the stage (from 1) and the figure, of
 
@@ -62,7 +63,8 @@ class AttentionHealthHook(Hook):
 
     The training is the same with it as without, bit by bit. In distributed training the main
     process looks, at its own images, without talking to the others. Of several LaViTs in a model it
-    looks at those in training mode, and names them.
+    looks at those in training mode, and names them. Layers that torch.compile has compiled cannot
+    be heard, which the log then says.
 
     Args:
         interval: Iterations between two looks. Defaults to 100.
@@ -81,8 +83,8 @@ class AttentionHealthHook(Hook):
         self._backbones: dict[str, LaViT] = {}
         self._handles: list = []
         self._seen: dict[WindowAttention, tuple[str, Tensor]] = {}
-        self._rate = math.inf
-        self._held: dict[tuple[str, str], int] = {}
+        self._rate = -math.inf
+        self._held: dict[tuple[str, str], int] = defaultdict(int)
         self._said: set[tuple[str, str]] = set()
 
     def before_train(self, runner: Runner) -> None:
