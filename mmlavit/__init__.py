@@ -2,6 +2,7 @@
 
 Importing this package registers :class:`~mmlavit.backbone.LaViT`,
 :class:`~mmlavit.diagonality.DiagonalityLossHook`,
+:class:`~mmlavit.attention_health.AttentionHealthHook`,
 :class:`~mmlavit.analysis.hook.AttentionVisualizationHook`,
 :class:`~mmlavit.safe_checkpoint.SafeCheckpointHook`, :class:`~mmlavit.step_seed.StepSeedHook` and,
 where MMEngine has FSDP, :class:`~mmlavit.fsdp.ResumableFSDPStrategy` and
@@ -17,6 +18,7 @@ import mmengine._strategy  # noqa: E402
 
 from .analysis.hook import AttentionVisualizationHook  # noqa: E402
 from .arch import ARCHS  # noqa: E402
+from .attention_health import AttentionHealthHook  # noqa: E402
 from .backbone import LaViT  # noqa: E402
 from .diagonality import DiagonalityLossHook, diagonality_preserving_loss  # noqa: E402
 from .safe_checkpoint import SafeCheckpointHook  # noqa: E402
@@ -28,6 +30,7 @@ serve_config_bases()
 __version__ = '0.1.0'
 __all__ = [
     'ARCHS',
+    'AttentionHealthHook',
     'AttentionVisualizationHook',
     'DiagonalityLossHook',
     'LaViT',

@@ -230,6 +230,7 @@ def test_named_after_what_they_hold(experiment):
     assert 'mmlavit' in cfg.custom_imports['imports']
     assert cfg.default_scope in SCOPES
     assert cfg.model.backbone.type == 'LaViT'
+    assert 'AttentionHealthHook' in [hook.type for hook in cfg.custom_hooks]
     dims, depths, less = FAMILY[letter(experiment.file)]
     wanted = [dims[i] for i in backbone.out_indices]
     with torch.no_grad():

@@ -139,7 +139,10 @@ def fsdp_training(
             checkpoint=dict(type='CheckpointHook', interval=1, by_epoch=False),
             logger=dict(type='LoggerHook', interval=1),
         ),
-        custom_hooks=[dict(type='DiagonalityLossHook')],
+        custom_hooks=[
+            dict(type='DiagonalityLossHook'),
+            dict(type='AttentionHealthHook', interval=1),
+        ],
         resume=resume,
     )
     runner.train()

@@ -14,9 +14,9 @@ from helpers import ROOT, run_tool
 from mmengine.registry import MODELS
 from small import ARCH, move_weights, seeded
 
-from mmlavit import LaViT
+from mmlavit import AttentionHealthHook, LaViT
 from mmlavit.attention import LessAttention
-from mmlavit.experiments import photographs, report, study, tasks
+from mmlavit.experiments import photographs, report, study, tasks, training
 from mmlavit.experiments.ablations import AblatedLaViT, GrowingDiagonalityLossHook
 from mmlavit.experiments.matching import MatchingRecipe
 from mmlavit.experiments.study import Training
@@ -257,6 +257,17 @@ def test_equal_seeds_give_equal_trainings(small_tasks):
     ]
     assert runs[0] == runs[1]
     assert runs[2] != runs[0] != runs[3]
+
+
+def test_a_lavit_is_watched_while_it_trains(small_tasks, monkeypatch):
+    """Its attention is even at the start, and stays so for ten iterations."""
+    monkeypatch.setattr(training, 'AttentionHealthHook', lambda: AttentionHealthHook(interval=1))
+    TASKS['match'].make_data()
+    for variant, is_lavit in (('no-mixing', True), ('resnet', False)):
+        training.train_variant('match', variant, 0, 1e-3, small_tasks / variant)
+        (log,) = (small_tasks / variant).glob('*/*.log')
+        found = re.search(r'AttentionHealthHook: .* gone even', log.read_text())
+        assert bool(found) == is_lavit, variant
 
 
 def test_trainings_come_seed_by_seed_and_once():

@@ -143,6 +143,7 @@ ours = {
 assert ours == {
     ('model', 'mmengine', 'LaViT'): mmlavit.LaViT,
     ('hook', 'mmengine', 'DiagonalityLossHook'): mmlavit.DiagonalityLossHook,
+    ('hook', 'mmengine', 'AttentionHealthHook'): mmlavit.AttentionHealthHook,
     ('hook', 'mmengine', 'AttentionVisualizationHook'): mmlavit.AttentionVisualizationHook,
     ('hook', 'mmengine', 'SafeCheckpointHook'): mmlavit.SafeCheckpointHook,
     ('hook', 'mmengine', 'StepSeedHook'): mmlavit.StepSeedHook,

@@ -4,6 +4,8 @@ custom_hooks = [
     # The paper's auxiliary loss. It is off, as no training of ours gained by it; to switch it on:
     # --cfg-options custom_hooks.0.loss_weight=0.1
     dict(type='DiagonalityLossHook', loss_weight=0.0),
+    # Says in the log, once, if the attention of a stage has died.
+    dict(type='AttentionHealthHook'),
 ]
 
 # For default_hooks: a killed training resumes as if nothing had happened.

@@ -1,6 +1,7 @@
-"""What AttentionVisualizationHook costs: iterations with and without it, interleaved in a training.
+"""What a hook that looks at attention costs: iterations with and without it, in one training.
 
 python docs/benchmarks/attention_hook.py configs/lavit_n_shapes.py
+python docs/benchmarks/attention_hook.py configs/lavit_n_shapes.py --hook AttentionHealthHook
 
 Trains with the hook due in every fifth iteration and compares the median of these with that of the
 others. Needs the data of the config (tools/make_shapes.py).
@@ -20,7 +21,8 @@ from mmengine.hooks import Hook  # noqa: E402
 from mmengine.registry import HOOKS, init_default_scope  # noqa: E402
 from mmengine.runner import Runner  # noqa: E402
 
-EVERY, WARM_UP, DEFAULT_INTERVAL = 5, 4, 1000
+# AttentionHealthHook only notes the learning rate where it is due for the first time.
+EVERY, WARM_UP = 5, 5
 starts: list[float] = []
 times: list[float] = []
 
@@ -51,14 +53,19 @@ class StopClock(Hook):
 
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument('config')
+hooks = ['AttentionVisualizationHook', 'AttentionHealthHook']
+parser.add_argument('--hook', choices=hooks, default=hooks[0])
 parser.add_argument('--iterations', type=int, default=40)
 args = parser.parse_args()
 count = args.iterations
 cfg = Config.fromfile(args.config)
 init_default_scope(cfg.default_scope)
+# AttentionHealthHook waits for a tenth of the training and for a learning rate that does not rise.
+cfg.train_cfg = dict(by_epoch=False, max_iters=count)
+cfg.param_scheduler = None
 cfg.custom_hooks = [
-    *cfg.get('custom_hooks', []),
-    dict(type='AttentionVisualizationHook', interval=EVERY),
+    *(hook for hook in cfg.get('custom_hooks', []) if hook['type'] != args.hook),
+    dict(type=args.hook, interval=EVERY),
     dict(type='StartClock'),
     dict(type='StopClock'),
 ]
@@ -75,5 +82,5 @@ with tempfile.TemporaryDirectory() as cfg.work_dir:
         others = [t for i, t in enumerate(times, 1) if i > WARM_UP and i % EVERY]
         without = statistics.median(others)
         call = statistics.median(due) - without
-        share = call / (DEFAULT_INTERVAL * without)
-        print(f'iteration {without:.3f} s, call {call:.3f} s: {share:.2%} at the default interval')
+        share = call / (HOOKS.get(args.hook)().interval * without)
+        print(f'iteration {without:.3f} s, call {call:.3f} s: {share:.3%} at the default interval')

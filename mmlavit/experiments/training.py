@@ -12,6 +12,7 @@ from mmengine.runner import Runner
 
 from ..analysis.measures import entropy
 from ..analysis.record import LayerAttention, recording
+from ..attention_health import AttentionHealthHook
 from ..backbone import LaViT
 from .tasks import TASKS, build_config
 from .variants import VARIANTS, register_backbones
@@ -60,6 +61,8 @@ def train_variant(
     with DefaultScope.overwrite_default_scope(cfg.default_scope):
         runner = Runner.from_cfg(cfg)
         runner.register_hook(record)
+        if isinstance(runner.model.backbone, LaViT):
+            runner.register_hook(AttentionHealthHook())
         parameters = sum(p.numel() for p in runner.model.backbone.parameters())
         runner.train()
         seen = _look(runner)
