@@ -20,6 +20,8 @@ TWO_STAGES = dict(
     arch={**ARCH, 'depths': (2, 1, 1, 1), 'vanilla_depths': (1, 1, 1, 1)}, out_indices=(0, 1)
 )
 
+OPTIONS = dict(conv_stem=True, overlap_downsample=True)
+
 needs_exporter = pytest.mark.skipif(
     not hasattr(torch.export.Dim, 'DYNAMIC'), reason='torch 2.1 exports no dynamic sizes'
 )
@@ -163,9 +165,10 @@ def test_stair_when_recorded_is_the_same() -> None:
 
 
 @pytest.mark.filterwarnings('ignore::torch.jit.TracerWarning')  # that sizes become constants
-def test_fixed_torch_export_and_trace() -> None:
+@pytest.mark.parametrize('options', [{}, OPTIONS], ids=' and '.join)
+def test_fixed_torch_export_and_trace(options: dict[str, bool]) -> None:
     """A size that no window divides."""
-    model = small_lavit(**TWO_STAGES)
+    model = small_lavit(**TWO_STAGES, **options)
     x, other = torch.randn(2, 2, 3, 37, 50, generator=seeded(0), dtype=torch.float64)
     with torch.no_grad():
         traced = torch.jit.trace(model, x)
@@ -192,6 +195,20 @@ def test_torch_export_of_many_sizes(tmp_path: Path) -> None:
         for shape in ((2, 3, 64, 64), (3, 3, 33, 201), (5, 3, 150, 47)):
             x = torch.randn(shape, generator=seeded(0), dtype=torch.float64)
             assert_close(module(x), model(x), 1e-10)
+
+
+@pytest.mark.slow
+@needs_exporter
+def test_a_stem_and_overlapping_patches_at_other_sizes(tmp_path: Path) -> None:
+    from mmlavit.export import export_onnx
+
+    model = small_lavit(**TWO_STAGES, **OPTIONS, window_sizes=(4, 4, 4, 4)).float()
+    file = tmp_path / 'options.onnx'
+    export_onnx(model, file, (70, 100))
+    for shape in ((1, 3, 1, 1), (2, 3, 32, 64), (3, 3, 33, 203), (1, 3, 150, 46)):
+        x = torch.randn(shape, generator=seeded(0))
+        with torch.no_grad():
+            assert_close(run(file, x), model(x), 1e-4)
 
 
 @pytest.mark.slow

@@ -21,6 +21,7 @@ from small import move_weights
 from torch import Tensor
 
 from mmlavit import LaViT, attention, attention_residual, backbone, mlp
+from mmlavit.block import ConvStem, PatchEmbed
 from mmlavit.windows import Slab, WindowGrid
 
 STAGES = 4
@@ -47,6 +48,8 @@ class Case:
     window_sizes: tuple[int, ...]
     out_indices: tuple[int, ...]
     in_channels: int
+    conv_stem: bool
+    overlap_downsample: bool
     qkv_bias: bool
     frozen_stages: int
     with_cp: bool
@@ -74,6 +77,8 @@ class Case:
                 self.in_channels,
                 self.window_sizes,
                 self.out_indices,
+                self.conv_stem,
+                self.overlap_downsample,
                 drop_path_rate=0.0,
                 qkv_bias=self.qkv_bias,
                 frozen_stages=self.frozen_stages,
@@ -113,7 +118,8 @@ class Case:
         windows = self.window_sizes
         kinds = [self.precision, self.layout, self.grad]
         kinds += ['train' if self.training else 'eval']
-        kinds += [name for name in ('with_cp', 'channels_last_model') if getattr(self, name)]
+        flags = ('with_cp', 'channels_last_model', 'conv_stem', 'overlap_downsample')
+        kinds += [name for name in flags if getattr(self, name)]
         kinds += ['frozen'] if self.frozen_stages >= 0 else []
         kinds += ['no qkv_bias'] if not self.qkv_bias else []
         kinds += ['batch'] if batch > 1 else []
@@ -143,18 +149,21 @@ def window_chains(draw: st.DrawFn) -> tuple[int, ...]:
 
 
 @st.composite
-def archs(draw: st.DrawFn) -> dict[str, tuple]:
+def archs(draw: st.DrawFn, conv_stem: bool) -> dict[str, tuple]:
     """Small dims; an MLP has at least one hidden channel.
 
-    At least four channels: of two, LayerNorm gives a sign, which any rounding may turn.
+    At least four channels, in the middle of a stem too: of two, LayerNorm gives a sign, which any
+    rounding may turn.
     """
 
     def per_stage(values: st.SearchStrategy) -> tuple:
         return draw(st.tuples(*[values] * STAGES))
 
     heads = per_stage(st.sampled_from([1, 1, 1, 2, 2, 3]))
+    least = (8 if conv_stem else 4, 4, 4, 4)
     dims = tuple(
-        h * max(d, 4 // h) for h, d in zip(heads, per_stage(st.integers(2, 6)), strict=True)
+        h * max(d, math.ceil(n / h))
+        for h, d, n in zip(heads, per_stage(st.integers(2, 6)), least, strict=True)
     )
     depths = per_stage(st.sampled_from([1, 2, 2, 3]))
     return dict(
@@ -178,11 +187,14 @@ def cases(draw: st.DrawFn) -> Case:
     batch = draw(
         st.integers(1, min(3, max(1, most // (math.ceil(height / 4) * math.ceil(width / 4)))))
     )
+    conv_stem = draw(st.booleans())
     return Case(
-        arch=draw(archs()),
+        arch=draw(archs(conv_stem)),
         window_sizes=draw(window_chains()),
         out_indices=tuple(sorted(draw(st.sets(st.integers(0, STAGES - 1), min_size=1)))),
         in_channels=draw(st.integers(1, 5)),
+        conv_stem=conv_stem,
+        overlap_downsample=draw(st.booleans()),
         qkv_bias=draw(st.booleans()),
         frozen_stages=draw(st.sampled_from([-1, -1, -1, 0, 1, 2, 3, 4])),
         with_cp=draw(st.booleans()),
@@ -352,6 +364,7 @@ def test_five_hundred_cases_are_the_reference():
     wanted += ['weights', 'weights and images', 'with_cp', 'channels_last_model', 'frozen', 'batch']
     wanted += ['no qkv_bias', 'less attention', 'two vanilla', 'ratio 1', 'ratio 2', 'ratio 3']
     wanted += ['odd window', 'padded', 'whole windows', 'slabs', 'one slab']
+    wanted += ['conv_stem', 'overlap_downsample']
     assert not [kind for kind in wanted if not counts[kind]], counts
 
 
@@ -384,6 +397,18 @@ def rows_for_columns(scores: Tensor, kernel: Tensor) -> Tensor:
     return original_halves(scores, kernel.transpose(2, 3))
 
 
+original_embed = PatchEmbed.forward
+
+
+def overlap_below_and_right(embed: PatchEmbed, x: Tensor) -> Tensor:
+    overlaps = embed.proj.kernel_size > embed.proj.stride
+    return original_embed(embed, x.roll((-1, -1), (1, 2)) if overlaps else x)
+
+
+def stem_without_gelu(stem: ConvStem, x: Tensor) -> Tensor:
+    return stem.conv2(stem.conv1(x))
+
+
 FAULTS = {
     'padded keys not masked': (attention, 'key_mask', no_mask),
     'padded pairs not cleared in inference': (WindowGrid, 'fill_padded', no_fill),
@@ -391,6 +416,8 @@ FAULTS = {
     'Psi for Theta': (attention, 'two_sided_linear', psi_and_theta_swapped),
     'every slab the first one': (WindowGrid, 'slabs', slabs_from_the_top),
     'the residual turned': (attention_residual, 'halve_pairs', rows_for_columns),
+    'overlap on the other sides': (PatchEmbed, 'forward', overlap_below_and_right),
+    'no GELU in the stem': (ConvStem, 'forward', stem_without_gelu),
 }
 
 
