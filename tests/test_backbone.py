@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mmengine.analysis import get_model_complexity_info
-from small import ARCH, images, seeded, small_lavit
+from small import ARCH, images, seeded, sharpen, small_lavit
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -35,7 +35,15 @@ def assert_maps(ours, theirs, tol):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize('dtype, tol', [(torch.float64, 1e-10), (torch.float32, 1e-5)])
+def assert_is_the_reference(x, window_sizes=(8, 8, 8, 8), **options):
+    """A model far from even attention, in float64 and in float32."""
+    model = sharpen(small_lavit(window_sizes=window_sizes, **options), x)
+    for dtype, tol in ((torch.float64, 1e-10), (torch.float32, 1e-5)):
+        model, x = model.to(dtype), x.to(dtype)
+        expected = reference.lavit(x, model.state_dict(), ARCH['num_heads'], window_sizes)
+        assert_maps(model(x), expected, tol)
+
+
 @pytest.mark.parametrize(
     'window_sizes, size',
     [
@@ -49,50 +57,39 @@ def assert_maps(ours, theirs, tol):
     ],
 )
 @pytest.mark.parametrize('out_indices', [(0, 1), (0, 1, 2, 3)])
-def test_forward_is_the_naive_reference(window_sizes, size, out_indices, dtype, tol):
-    model = small_lavit(window_sizes=window_sizes, out_indices=out_indices).to(dtype)
-    x = images(2, 3, *size).to(dtype)
-    expected = reference.lavit(x, model.state_dict(), ARCH['num_heads'], window_sizes)
-    assert_maps(model(x), expected, tol)
+def test_forward_is_the_naive_reference(window_sizes, size, out_indices):
+    assert_is_the_reference(images(2, 3, *size), window_sizes, out_indices=out_indices)
 
 
-@torch.no_grad()
 @pytest.mark.parametrize('vanilla_depths', [(2, 2, 3, 2), (1, 2, 2, 1)])
 def test_other_mixes_of_layers_are_the_reference_too(vanilla_depths):
-    model = small_lavit(arch={**ARCH, 'vanilla_depths': vanilla_depths}, qkv_bias=False)
-    x = images(1, 3, 45, 70)
-    expected = reference.lavit(x, model.state_dict(), ARCH['num_heads'], (8, 8, 8, 8))
-    assert_maps(model(x), expected, 1e-10)
+    arch = {**ARCH, 'vanilla_depths': vanilla_depths}
+    assert_is_the_reference(images(1, 3, 45, 70), arch=arch, qkv_bias=False)
 
 
-@torch.no_grad()
-@pytest.mark.parametrize('dtype, tol', [(torch.float64, 1e-10), (torch.float32, 1e-5)])
 @pytest.mark.parametrize(
     'size, out_indices',
     [((1, 1), (0, 1, 2, 3)), ((6, 90), (3,)), ((37, 51), (0, 2)), ((64, 64), (0, 1, 2, 3))],
 )
 @pytest.mark.parametrize('options', [STEM, OVERLAP, STEM | OVERLAP], ids=' and '.join)
-def test_the_stem_and_the_overlap_are_the_references(options, size, out_indices, dtype, tol):
-    model = small_lavit(out_indices=out_indices, **options).to(dtype)
-    x = images(2, 3, *size).to(dtype)
-    expected = reference.lavit(x, model.state_dict(), ARCH['num_heads'], (8, 8, 8, 8))
-    assert_maps(model(x), expected, tol)
+def test_the_stem_and_the_overlap_are_the_references(options, size, out_indices):
+    assert_is_the_reference(images(2, 3, *size), out_indices=out_indices, **options)
 
 
 @torch.no_grad()
 @pytest.mark.parametrize('options', [{}, STEM, OVERLAP, STEM | OVERLAP], ids=' and '.join)
 def test_windows_over_the_whole_image_are_the_paper_to_the_letter(options):
     """But for the options, which are not the paper's."""
-    model = small_lavit(window_sizes=(16, 8, 4, 2), **options)
     x = images(2, 3, 64, 64)
+    model = sharpen(small_lavit(window_sizes=(16, 8, 4, 2), **options), x)
     expected = reference.lavit_whole_image(x, model.state_dict(), ARCH['num_heads'])
     assert_maps(model(x), expected, 1e-10)
 
 
 @pytest.mark.parametrize('options', [{}, STEM | OVERLAP], ids=' and '.join)
 def test_gradients_are_those_of_the_reference(options):
-    model = small_lavit(out_indices=(0, 1), **options)
     x = images(1, 3, 40, 24)
+    model = sharpen(small_lavit(out_indices=(0, 1), **options), x)
     weights = {k: v.detach().clone().requires_grad_() for k, v in model.state_dict().items()}
     theirs = reference.lavit(x, weights, ARCH['num_heads'], (8, 8, 8, 8))
     ours = model(x)
