@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import reference
 import torch
-from small import images, seeded, small_lavit
+from small import STD, STEEP, images, seeded, sharpen, small_lavit, spread
 from torch import Tensor, nn
 
 import mmlavit.attention
@@ -79,11 +79,14 @@ def layer_for(window: int, head_dim: int, heads: int = 2, **options: object) -> 
     return layer
 
 
-def scores_for(grid: WindowGrid, batch: int, heads: int = 2, lying: bool = False) -> Tensor:
+def scores_for(
+    grid: WindowGrid, batch: int, heads: int = 2, lying: bool = False, std: float = STD
+) -> Tensor:
     """Scores in float64, 0 at padded pairs as the layers keep them."""
     n = grid.window**2
-    scores = images(batch * grid.rows * grid.cols, heads, n, n, seed=9)
+    scores = std * images(batch * grid.rows * grid.cols, heads, n, n, seed=9)
     scores = zero_padded_pairs(scores, grid)
+    assert spread(scores.unflatten(0, (batch, -1)), grid) > 0.8 * std
     return scores.mT.contiguous().mT if lying else scores
 
 
@@ -128,13 +131,15 @@ def test_it_is_equation_5(height, width, window, head_dim, lying, calls):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize('std', [STD, STEEP])
 @pytest.mark.parametrize('dtype', HALVES, ids=str)
 @pytest.mark.parametrize('height, width, window, head_dim', SHAPES[:4])
-def test_half_precision_is_as_good_as_without(height, width, window, head_dim, dtype, calls):
+def test_half_precision_is_as_good_as_without(height, width, window, head_dim, dtype, std, calls):
     grid = WindowGrid(height, width, window)
-    layer, scores = layer_for(window, head_dim), scores_for(grid, 1)
+    layer, scores = layer_for(window, head_dim), scores_for(grid, 1, std=std)
     x = images(1, height, width, 2 * head_dim)
     expected = run(layer, x, grid, scores, fused=False)
+    assert 0.8 * std < spread(expected[1][None], grid) < 2 * std
     given = moved(layer, dtype), moved(x, dtype), grid, moved(scores, dtype)
     plain, ours = run(*given, fused=False), run(*given, fused=True)
     assert len(calls) == 1
@@ -269,10 +274,11 @@ def test_gradients(height, width, window, head_dim, through, calls):
     assert_gradients(found, expected, 1e-4)
 
 
+@pytest.mark.parametrize('std', [STD, STEEP])
 @pytest.mark.parametrize('dtype', HALVES, ids=str)
-def test_gradients_in_half_precision_are_as_good_as_without(dtype):
+def test_gradients_in_half_precision_are_as_good_as_without(dtype, std):
     grid = WindowGrid(9, 5, 8)
-    layer, scores, x = layer_for(8, 48), scores_for(grid, 2), images(2, 9, 5, 96)
+    layer, scores, x = layer_for(8, 48), scores_for(grid, 2, std=std), images(2, 9, 5, 96)
     expected = gradients(layer, x, grid, scores, False, 'both')
     layer = moved(layer_for(8, 48), dtype)
     given = layer, moved(x, dtype), grid, moved(scores, dtype)
@@ -345,8 +351,10 @@ def test_autocast():
 @pytest.mark.parametrize('options', [{}, {'with_cp': True}], ids=str)
 def test_a_whole_lavit(options, calls):
     x = images(1, 3, 44, 70)
-    expected = small_lavit(fused_attention=False)
-    model = moved(small_lavit(**options), torch.float32)
+    expected = sharpen(small_lavit(fused_attention=False), x)
+    model = small_lavit(**options)
+    model.load_state_dict(expected.state_dict())
+    model = moved(model, torch.float32)
     with torch.no_grad():
         for ours, right in zip(model(moved(x, torch.float32)), expected(x), strict=True):
             assert error(ours, right) < 1e-4

@@ -202,14 +202,26 @@ def conv(x: Tensor, weights: Weights, **options: int) -> Tensor:
     return out[0].permute(1, 2, 0)
 
 
-def pad_to_multiple(x: Tensor, multiple: int) -> Tensor:
-    """Zeros at the bottom and right of (H, W, D) until both sides are multiples."""
+def embed(x: Tensor, weights: Weights, stride: int) -> Tensor:
+    """Every patch of stride x stride projected, then LayerNorm; whatever lies beyond x is 0.
+
+    A kernel one larger than the stride also sees the row above its patch and the column to its
+    left. x: (H, W, D). Returns (ceil(H / stride), ceil(W / stride), D').
+    """
     height, width, dim = x.shape
-    padded_height = math.ceil(height / multiple) * multiple
-    padded_width = math.ceil(width / multiple) * multiple
-    padded = x.new_zeros(padded_height, padded_width, dim)
-    padded[:height, :width] = x
-    return padded
+    rows, cols = math.ceil(height / stride), math.ceil(width / stride)
+    weight, bias = weights['proj.weight'], weights['proj.bias']
+    kernel = weight.shape[-1]
+    before = kernel - stride
+    padded = x.new_zeros(before + rows * stride, before + cols * stride, dim)
+    padded[before : before + height, before : before + width] = x
+
+    tokens = []
+    for top in range(0, rows * stride, stride):
+        for left in range(0, cols * stride, stride):
+            seen = padded[top : top + kernel, left : left + kernel].permute(2, 0, 1)
+            tokens.append(F.linear(seen.flatten(), weight.flatten(1), bias))
+    return layer_norm(torch.stack(tokens).unflatten(0, (rows, cols)), sub(weights, 'norm'))
 
 
 def block(
@@ -245,9 +257,12 @@ def lavit_one_image(
     image: Tensor, state_dict: Weights, num_heads: Sequence[int], window_sizes: Sequence[int]
 ) -> list[Tensor]:
     """The backbone on one image (C, H, W). Returns (D_m, H_m, W_m) for each stage m with a norm."""
-    x = pad_to_multiple(image.permute(1, 2, 0), 4)
-    x = conv(x, sub(state_dict, 'patch_embed.proj'), stride=4)
-    x = layer_norm(x, sub(state_dict, 'patch_embed.norm'))
+    x = image.permute(1, 2, 0)
+    if 'patch_embed.proj.weight' in state_dict:
+        x = embed(x, sub(state_dict, 'patch_embed'), 4)
+    else:
+        x = F.gelu(embed(x, sub(state_dict, 'patch_embed.conv1'), 2))
+        x = embed(x, sub(state_dict, 'patch_embed.conv2'), 2)
 
     outputs = []
     scores = None
@@ -256,8 +271,7 @@ def lavit_one_image(
         heads, window = num_heads[m], window_sizes[m]
         residual = None
         if m > 0:
-            x = conv(pad_to_multiple(x, 2), sub(stage, 'downsample.proj'), stride=2)
-            x = layer_norm(x, sub(stage, 'downsample.norm'))
+            x = embed(x, sub(stage, 'downsample'), 2)
             to_residual = sub(stage, 'attention_residual')
             grid = (x.shape[0], x.shape[1])
             residual = attention_residual(scores, to_residual, window_sizes[m - 1], window, grid)
@@ -276,8 +290,8 @@ def lavit(
 ) -> list[Tensor]:
     """The backbone on (B, C, H, W), image by image; any H, W >= 1.
 
-    Returns (B, D_m, H_m, W_m) for each stage m with `norm{m}.weight`; depths and the kind of each
-    block are read from the names in `state_dict`.
+    Returns (B, D_m, H_m, W_m) for each stage m with `norm{m}.weight`; depths, the kind of each
+    block and a stem are read from the names in `state_dict`, overlaps from the kernels.
     """
     per_image = [lavit_one_image(one, state_dict, num_heads, window_sizes) for one in image]
     return [torch.stack(maps) for maps in zip(*per_image, strict=True)]
@@ -326,11 +340,17 @@ def whole_norm(x: Tensor, weights: Weights) -> Tensor:
     return centred / (variance + EPS).sqrt() * weights['weight'] + weights['bias']
 
 
+def whole_gelu(x: Tensor) -> Tensor:
+    """GELU, exact."""
+    return x * (1 + torch.erf(x / math.sqrt(2))) / 2
+
+
 def lavit_whole_image(image: Tensor, state_dict: Weights, num_heads: Sequence[int]) -> list[Tensor]:
     """The backbone on (B, C, H, W) without windows: Psi and Theta are (N, N), N = H_m * W_m.
 
     Returns what `lavit` returns for windows that cover the whole grids. Raises ValueError where
     a side is no multiple of 4, or a grid with a stage after it is odd: the paper has no padding.
+    Only the 3x3 convolutions, which the paper has not, look one pixel beyond the image.
     """
     stages = count(state_dict, 'stages')
     multiple = 2 ** (stages + 1)
@@ -339,12 +359,17 @@ def lavit_whole_image(image: Tensor, state_dict: Weights, num_heads: Sequence[in
 
     def embed(maps: Tensor, prefix: str, stride: int) -> tuple[Tensor, tuple[int, int]]:
         proj = sub(state_dict, f'{prefix}.proj')
-        maps = F.conv2d(maps, proj['weight'], proj['bias'], stride=stride)
+        beyond = proj['weight'].shape[-1] - stride
+        maps = F.conv2d(maps, proj['weight'], proj['bias'], stride=stride, padding=beyond)
         tokens = maps.flatten(2).mT
         return whole_norm(tokens, sub(state_dict, f'{prefix}.norm')), maps.shape[-2:]
 
     outputs = []
-    x, grid = embed(image, 'patch_embed', 4)
+    if 'patch_embed.conv1.proj.weight' in state_dict:
+        x, grid = embed(image, 'patch_embed.conv1', 2)
+        x, grid = embed(whole_gelu(x).mT.unflatten(-1, grid), 'patch_embed.conv2', 2)
+    else:
+        x, grid = embed(image, 'patch_embed', 4)
     a = None
     for m in range(stages):
         residual = None
@@ -366,8 +391,7 @@ def lavit_whole_image(image: Tensor, state_dict: Weights, num_heads: Sequence[in
             x = x + z
 
             hidden = whole_norm(x, sub(w, 'norm2')) @ w['mlp.fc1.weight'].T + w['mlp.fc1.bias']
-            hidden = hidden * (1 + torch.erf(hidden / math.sqrt(2))) / 2  # GELU, exact
-            x = x + hidden @ w['mlp.fc2.weight'].T + w['mlp.fc2.bias']
+            x = x + whole_gelu(hidden) @ w['mlp.fc2.weight'].T + w['mlp.fc2.bias']
 
         if f'norm{m}.weight' in state_dict:
             normed = whole_norm(x, sub(state_dict, f'norm{m}'))

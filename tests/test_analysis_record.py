@@ -3,7 +3,7 @@
 import pytest
 import reference
 import torch
-from small import ARCH, images, small_lavit
+from small import ARCH, images, sharpen, small_lavit
 from torch import Tensor, nn
 
 from mmlavit import LaViT, backbone
@@ -53,8 +53,8 @@ def assert_unhooked(model: nn.Module) -> None:
 @torch.no_grad()
 @pytest.mark.parametrize('size', [(64, 96), (52, 74), (9, 30)], ids=str)
 def test_every_layer_is_the_references(size, monkeypatch):
-    model = small_lavit(scale=0.3, window_sizes=WINDOWS)
     batch = images(2, 3, *size)
+    model = sharpen(small_lavit(window_sizes=WINDOWS), batch)
     with recording(model) as layers:
         model(batch)
     assert [(x.stage, x.layer) for x in layers] == [

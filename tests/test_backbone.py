@@ -2,6 +2,7 @@
 
 import inspect
 import math
+from dataclasses import asdict
 
 import pytest
 import reference
@@ -10,7 +11,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mmengine.analysis import get_model_complexity_info
-from small import ARCH, images, seeded, small_lavit
+from small import ARCH, images, seeded, sharpen, small_lavit
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -21,6 +22,7 @@ from mmlavit.block import DropPath
 from mmlavit.windows import WindowGrid
 
 STRIDES = (4, 8, 16, 32)
+STEM, OVERLAP = dict(conv_stem=True), dict(overlap_downsample=True)
 
 
 def assert_maps(ours, theirs, tol):
@@ -33,7 +35,15 @@ def assert_maps(ours, theirs, tol):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize('dtype, tol', [(torch.float64, 1e-10), (torch.float32, 1e-5)])
+def assert_is_the_reference(x, window_sizes=(8, 8, 8, 8), **options):
+    """A model far from even attention, in float64 and in float32."""
+    model = sharpen(small_lavit(window_sizes=window_sizes, **options), x)
+    for dtype, tol in ((torch.float64, 1e-10), (torch.float32, 1e-5)):
+        model, x = model.to(dtype), x.to(dtype)
+        expected = reference.lavit(x, model.state_dict(), ARCH['num_heads'], window_sizes)
+        assert_maps(model(x), expected, tol)
+
+
 @pytest.mark.parametrize(
     'window_sizes, size',
     [
@@ -47,33 +57,39 @@ def assert_maps(ours, theirs, tol):
     ],
 )
 @pytest.mark.parametrize('out_indices', [(0, 1), (0, 1, 2, 3)])
-def test_forward_is_the_naive_reference(window_sizes, size, out_indices, dtype, tol):
-    model = small_lavit(window_sizes=window_sizes, out_indices=out_indices).to(dtype)
-    x = images(2, 3, *size).to(dtype)
-    expected = reference.lavit(x, model.state_dict(), ARCH['num_heads'], window_sizes)
-    assert_maps(model(x), expected, tol)
+def test_forward_is_the_naive_reference(window_sizes, size, out_indices):
+    assert_is_the_reference(images(2, 3, *size), window_sizes, out_indices=out_indices)
 
 
-@torch.no_grad()
 @pytest.mark.parametrize('vanilla_depths', [(2, 2, 3, 2), (1, 2, 2, 1)])
 def test_other_mixes_of_layers_are_the_reference_too(vanilla_depths):
-    model = small_lavit(arch={**ARCH, 'vanilla_depths': vanilla_depths}, qkv_bias=False)
-    x = images(1, 3, 45, 70)
-    expected = reference.lavit(x, model.state_dict(), ARCH['num_heads'], (8, 8, 8, 8))
-    assert_maps(model(x), expected, 1e-10)
+    arch = {**ARCH, 'vanilla_depths': vanilla_depths}
+    assert_is_the_reference(images(1, 3, 45, 70), arch=arch, qkv_bias=False)
+
+
+@pytest.mark.parametrize(
+    'size, out_indices',
+    [((1, 1), (0, 1, 2, 3)), ((6, 90), (3,)), ((37, 51), (0, 2)), ((64, 64), (0, 1, 2, 3))],
+)
+@pytest.mark.parametrize('options', [STEM, OVERLAP, STEM | OVERLAP], ids=' and '.join)
+def test_the_stem_and_the_overlap_are_the_references(options, size, out_indices):
+    assert_is_the_reference(images(2, 3, *size), out_indices=out_indices, **options)
 
 
 @torch.no_grad()
-def test_windows_over_the_whole_image_are_the_paper_to_the_letter():
-    model = small_lavit(window_sizes=(16, 8, 4, 2))
+@pytest.mark.parametrize('options', [{}, STEM, OVERLAP, STEM | OVERLAP], ids=' and '.join)
+def test_windows_over_the_whole_image_are_the_paper_to_the_letter(options):
+    """But for the options, which are not the paper's."""
     x = images(2, 3, 64, 64)
+    model = sharpen(small_lavit(window_sizes=(16, 8, 4, 2), **options), x)
     expected = reference.lavit_whole_image(x, model.state_dict(), ARCH['num_heads'])
     assert_maps(model(x), expected, 1e-10)
 
 
-def test_gradients_are_those_of_the_reference():
-    model = small_lavit(out_indices=(0, 1))
+@pytest.mark.parametrize('options', [{}, STEM | OVERLAP], ids=' and '.join)
+def test_gradients_are_those_of_the_reference(options):
     x = images(1, 3, 40, 24)
+    model = sharpen(small_lavit(out_indices=(0, 1), **options), x)
     weights = {k: v.detach().clone().requires_grad_() for k, v in model.state_dict().items()}
     theirs = reference.lavit(x, weights, ARCH['num_heads'], (8, 8, 8, 8))
     ours = model(x)
@@ -86,6 +102,20 @@ def test_gradients_are_those_of_the_reference():
 
 
 # ---- Padding, batches, sizes ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('size', [(1, 1), (5, 1), (2, 3), (40, 6)])
+def test_gradients_are_set_where_weights_meet_padding_alone(size):
+    """Some convolutions of PyTorch leave there what was in memory before."""
+    model = small_lavit(**STEM, **OVERLAP).bfloat16().train()
+    x = images(1, 3, *size).bfloat16()
+    for _ in range(5):
+        model.zero_grad()
+        outs = model(x)
+        garbage = [torch.full((2**i,), math.nan).bfloat16() for i in range(4, 17)]
+        del garbage
+        sum(m.float().square().mean() for m in outs).backward()
+        assert all(p.grad.isfinite().all() for p in model.parameters())
 
 
 @pytest.mark.parametrize('with_gradients', [True, False])
@@ -142,29 +172,39 @@ def test_an_image_does_not_see_its_batch_mates():
         assert_maps([m[i : i + 1] for m in model(x)], model(alone), 1e-10)
 
 
-SIZE_MODEL = LaViT({**ARCH, 'depths': (1, 2, 2, 2), 'vanilla_depths': (1, 1, 1, 1)})
+SIZE_MODELS = [
+    LaViT({**ARCH, 'depths': (1, 2, 2, 2), 'vanilla_depths': (1, 1, 1, 1)}, **options)
+    for options in ({}, STEM | OVERLAP)
+]
 
 
-@settings(max_examples=30, deadline=None, print_blob=True)
-@given(st.integers(1, 300), st.integers(1, 300), st.integers(1, 2), st.booleans())
-def test_any_size_in_training_and_evaluation(height, width, batch, training):
-    SIZE_MODEL.train(training)
+@settings(max_examples=40, deadline=None, print_blob=True)
+@given(
+    st.sampled_from(SIZE_MODELS),
+    st.integers(1, 300),
+    st.integers(1, 300),
+    st.integers(1, 2),
+    st.booleans(),
+)
+def test_any_size_in_training_and_evaluation(model, height, width, batch, training):
+    model.train(training)
     x = torch.randn(batch, 3, height, width)
     with torch.set_grad_enabled(training):
-        maps = SIZE_MODEL(x)
+        maps = model(x)
     for m, stride, dims in zip(maps, STRIDES, ARCH['embed_dims'], strict=True):
         assert m.shape == (batch, dims, math.ceil(height / stride), math.ceil(width / stride))
         assert m.isfinite().all() and m.is_contiguous()
     if training:
-        SIZE_MODEL.zero_grad()
+        model.zero_grad()
         sum(m.square().mean() for m in maps).backward()
-        assert all(p.grad.isfinite().all() for p in SIZE_MODEL.parameters())
+        assert all(p.grad.isfinite().all() for p in model.parameters())
 
 
 @torch.no_grad()
 @pytest.mark.parametrize('training', [False, True])
-def test_memory_formats_do_not_matter(training):
-    model = small_lavit().train(training)
+@pytest.mark.parametrize('options', [{}, STEM | OVERLAP], ids=' and '.join)
+def test_memory_formats_do_not_matter(training, options):
+    model = small_lavit(**options).train(training)
     x = images(2, 3, 44, 36)
     expected = model(x)
     wide = images(2, 3, 44, 72)
@@ -189,6 +229,8 @@ def test_signature_is_what_users_of_openmmlab_expect():
         in_channels=3,
         window_sizes=(8, 8, 8, 8),
         out_indices=(0, 1, 2, 3),
+        conv_stem=None,
+        overlap_downsample=None,
         drop_rate=0.0,
         attn_drop_rate=0.0,
         drop_path_rate=0.1,
@@ -234,11 +276,49 @@ def test_nano_has_about_three_million_parameters():
 
 @pytest.mark.parametrize('name', ARCHS)
 def test_an_arch_by_name_is_the_same_by_dict(name):
-    arch = {k: list(getattr(ARCHS[name], k)) for k in ARCH}
+    arch = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(ARCHS[name]).items()}
     by_name, by_dict = LaViT(name), LaViT(arch)
     shapes = [{k: v.shape for k, v in m.state_dict().items()} for m in (by_name, by_dict)]
     assert shapes[0] == shapes[1]
     assert by_dict.arch.name == name
+
+
+def kernels(model: LaViT) -> set[tuple[str, int]]:
+    """Sides of the kernels that embed the image and that come between stages."""
+    return {
+        (name.split('.')[0], weight.shape[-1])
+        for name, weight in model.state_dict().items()
+        if name.startswith('patch_embed') and weight.ndim == 4 or 'downsample.proj.weight' in name
+    }
+
+
+PAPERS = {('patch_embed', 4), ('stages', 2)}
+WITH_STEM = {('patch_embed', 3), ('stages', 2)}
+
+
+@pytest.mark.parametrize(
+    'arch, options, expected',
+    [
+        ('tiny', {}, PAPERS),
+        ('small', {}, PAPERS),
+        ('base', {}, PAPERS),
+        (ARCH, {}, PAPERS),
+        ('nano', {}, WITH_STEM),
+        ('nano', dict(conv_stem=False), PAPERS),
+        ('tiny', STEM, WITH_STEM),
+        ('tiny', OVERLAP, {('patch_embed', 4), ('stages', 3)}),
+        ('tiny', STEM | OVERLAP, {('patch_embed', 3), ('stages', 3)}),
+        ({**ARCH, **STEM}, {}, WITH_STEM),
+        ({**ARCH, **STEM, **OVERLAP}, dict(overlap_downsample=False), WITH_STEM),
+    ],
+)
+def test_options_are_the_archs_unless_given(arch, options, expected):
+    assert kernels(LaViT(arch, **options)) == expected
+
+
+def test_a_stem_is_built_for_a_single_channel():
+    model = LaViT({**ARCH, 'embed_dims': (1, 2, 3, 4)}, **STEM)
+    assert model(torch.zeros(1, 3, 9, 9))[0].shape == (1, 1, 3, 3)
 
 
 @pytest.mark.parametrize('out_indices', [(0,), (1,), (0, 2), (3,), (0, 1, 2, 3)])
@@ -271,8 +351,9 @@ def test_gradients_reach_psi_theta_the_residual_and_layer_scale_from_the_start()
 
 
 @pytest.mark.parametrize('frozen_stages', [-1, 0, 1, 2, 4])
-def test_frozen_stages(frozen_stages):
-    model = small_lavit(frozen_stages=frozen_stages, drop_rate=0.5).train()
+@pytest.mark.parametrize('options', [{}, STEM | OVERLAP], ids=' and '.join)
+def test_frozen_stages(frozen_stages, options):
+    model = small_lavit(frozen_stages=frozen_stages, drop_rate=0.5, **options).train()
     frozen = ['patch_embed.'] * (frozen_stages >= 0)
     frozen += [f'{kind}{m}.' for m in range(frozen_stages) for kind in ('stages.', 'norm')]
     before = {k: v.clone() for k, v in model.state_dict().items()}
@@ -354,12 +435,14 @@ def test_other_input_channels():
 # ---- What optimisers ask -------------------------------------------------------------------------
 
 
-def test_layer_depth_follows_the_forward_pass():
-    model = LaViT(ARCH)
+@pytest.mark.parametrize('options', [{}, STEM | OVERLAP], ids=' and '.join)
+def test_layer_depth_follows_the_forward_pass(options):
+    model = LaViT(ARCH, **options)
     num_layers = sum(ARCH['depths']) + 2
     assert model.get_layer_depth('head.fc.weight', 'backbone.') == (num_layers - 1, num_layers)
     assert model.get_layer_depth('backbone.norm3.bias', 'backbone.')[0] == num_layers - 1
-    assert model.get_layer_depth('patch_embed.proj.weight') == (0, num_layers)
+    embedding = [name for name in model.state_dict() if name.startswith('patch_embed.')]
+    assert {model.get_layer_depth(name) for name in embedding} == {(0, num_layers)}
     layer = 0
     for m, stage in enumerate(model.stages):
         if m:

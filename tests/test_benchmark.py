@@ -98,6 +98,14 @@ class TestModels:
         assert twin.arch.vanilla_depths == twin.arch.depths == ours.arch.depths
         assert twin.arch.embed_dims == ours.arch.embed_dims == Arch.of('small').embed_dims
 
+    @pytest.mark.parametrize('conv_stem', [False, True])
+    @pytest.mark.parametrize('overlap', [False, True])
+    def test_each_option_has_its_entry(self, conv_stem, overlap):
+        name = 'LaViT-S' + ' conv-stem' * conv_stem + ' overlap' * overlap
+        model = models.BACKBONES[name]()
+        assert (model.conv_stem, model.overlap_downsample) == (conv_stem, overlap)
+        assert model.arch == Arch.of('small')
+
     @pytest.mark.parametrize('name', ['LaViT-S', 'Swin-T', 'ResNet-50'])
     def test_flops_are_those_of_mmengine(self, name):
         """Another counter, which counts norms and activations too."""

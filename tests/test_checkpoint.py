@@ -451,6 +451,46 @@ def test_strict_loading_of_more_stages_is_as_strict_as_ever():
         small_lavit(out_indices=(0, 1)).load_state_dict(small_lavit().state_dict())
 
 
+# ---- Another stem, another downsampling ----------------------------------------------------------
+
+
+@pytest.mark.parametrize('option', ['conv_stem', 'overlap_downsample'])
+@pytest.mark.parametrize('ours', [False, True])
+@pytest.mark.parametrize('way', WAYS)
+def test_refuses_the_weights_of_another_option_and_names_it(tmp_path, way, ours, option):
+    """The way out that the message shows is one."""
+    source = classifier(small_lavit(seed=1, **{option: not ours}))
+    model = classifier(small_lavit(seed=2, **{option: ours}))
+    words = f'saved with {option}={not ours}', f'give the model {option}={not ours}'
+    assert_refuses(lambda: way(model, source, tmp_path), model, *words)
+    model = classifier(small_lavit(seed=2, **{option: not ours}))
+    way(model, source, tmp_path)
+    assert same(model.backbone.state_dict(), source.backbone.state_dict())
+
+
+def test_weights_of_nano_before_its_stem_load_with_what_the_error_names():
+    """Such have the keys and shapes of a family member without options."""
+    old = LaViT('nano', conv_stem=False).state_dict()
+    assert old['patch_embed.proj.weight'].shape == (32, 3, 4, 4)
+    new = LaViT('nano')
+    assert_refuses(lambda: new.load_state_dict(old), new, 'conv_stem=False', 'nano')
+    model = LaViT('nano', conv_stem=False)
+    model.load_state_dict(old)
+    assert same(model.state_dict(), old)
+
+
+@pytest.mark.parametrize('out_indices', [(0,), (0, 1)])
+def test_knows_the_options_of_a_few_stages(out_indices):
+    source = small_lavit(seed=1, out_indices=out_indices, conv_stem=True, overlap_downsample=True)
+    model = small_lavit(seed=2, out_indices=out_indices, conv_stem=True)
+    if out_indices == (0,):
+        # Nothing comes down, so nothing differs.
+        model.load_state_dict(source.state_dict())
+        return
+    words = 'overlap_downsample=True', 'overlap_downsample=False'
+    assert_refuses(lambda: model.load_state_dict(source.state_dict()), model, *words)
+
+
 # ---- What is no LaViT ----------------------------------------------------------------------------
 
 
@@ -479,14 +519,18 @@ def test_says_that_another_kind_of_backbone_is_none(strict):
     'lost',
     [
         'patch_embed.proj.weight',
+        'patch_embed.conv1.proj.weight',
+        'patch_embed.conv2.norm.bias',
         'stages.1.blocks.0.norm1.weight',
+        'stages.1.downsample.proj.weight',
         'stages.1.attention_residual.pwconv.weight',
     ],
 )
 @pytest.mark.parametrize('around', [lambda backbone: backbone, HeadFirst])
 def test_lost_weights_are_missing_keys(around, lost):
     """As PyTorch and MMEngine name them in any other model."""
-    source, model = around(small_lavit(seed=1)), around(small_lavit(seed=2))
+    options = dict(conv_stem='conv' in lost.split('.')[1])
+    source, model = (around(small_lavit(seed=seed, **options)) for seed in (1, 2))
     weights = {name: v for name, v in source.state_dict().items() if not name.endswith(lost)}
     with pytest.raises(RuntimeError, match=rf'Missing key.*{lost}'):
         model.load_state_dict(weights)

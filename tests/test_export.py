@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import ROOT, assert_ran, run_tool, the_one_line
-from small import ARCH, seeded, small_lavit
+from small import ARCH, images, seeded, sharpen, small_lavit
 from torch import Tensor, nn
 
 from mmlavit.windows import WindowGrid
@@ -19,6 +19,8 @@ from mmlavit.windows import WindowGrid
 TWO_STAGES = dict(
     arch={**ARCH, 'depths': (2, 1, 1, 1), 'vanilla_depths': (1, 1, 1, 1)}, out_indices=(0, 1)
 )
+
+OPTIONS = dict(conv_stem=True, overlap_downsample=True)
 
 needs_exporter = pytest.mark.skipif(
     not hasattr(torch.export.Dim, 'DYNAMIC'), reason='torch 2.1 exports no dynamic sizes'
@@ -163,9 +165,10 @@ def test_stair_when_recorded_is_the_same() -> None:
 
 
 @pytest.mark.filterwarnings('ignore::torch.jit.TracerWarning')  # that sizes become constants
-def test_fixed_torch_export_and_trace() -> None:
+@pytest.mark.parametrize('options', [{}, OPTIONS], ids=' and '.join)
+def test_fixed_torch_export_and_trace(options: dict[str, bool]) -> None:
     """A size that no window divides."""
-    model = small_lavit(**TWO_STAGES)
+    model = sharpen(small_lavit(**TWO_STAGES, **options), images(2, 3, 37, 50))
     x, other = torch.randn(2, 2, 3, 37, 50, generator=seeded(0), dtype=torch.float64)
     with torch.no_grad():
         traced = torch.jit.trace(model, x)
@@ -182,6 +185,7 @@ def test_fixed_torch_export_and_trace() -> None:
 def test_torch_export_of_many_sizes(tmp_path: Path) -> None:
     """Of more than one window in each stage, which is what PyTorch takes an example to mean."""
     model = small_lavit(**TWO_STAGES, window_sizes=(4, 4, 4, 4))
+    sharpen(model, images(2, 3, 70, 100))
     dims = dict.fromkeys((0, 2, 3), torch.export.Dim.DYNAMIC)
     with torch.no_grad():
         program = torch.export.export(
@@ -196,6 +200,21 @@ def test_torch_export_of_many_sizes(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @needs_exporter
+def test_a_stem_and_overlapping_patches_at_other_sizes(tmp_path: Path) -> None:
+    from mmlavit.export import export_onnx
+
+    model = small_lavit(**TWO_STAGES, **OPTIONS, window_sizes=(4, 4, 4, 4))
+    model = sharpen(model, images(2, 3, 70, 100)).float()
+    file = tmp_path / 'options.onnx'
+    export_onnx(model, file, (70, 100))
+    for shape in ((1, 3, 1, 1), (2, 3, 32, 64), (3, 3, 33, 203), (1, 3, 150, 46)):
+        x = torch.randn(shape, generator=seeded(0))
+        with torch.no_grad():
+            assert_close(run(file, x), model(x), 1e-4)
+
+
+@pytest.mark.slow
+@needs_exporter
 def test_twenty_sizes(tmp_path: Path) -> None:
     """By the command line, with all four stages; sizes that need padding and a single pixel."""
     config = tmp_path / 'config.py'
@@ -205,7 +224,7 @@ def test_twenty_sizes(tmp_path: Path) -> None:
         f'_base_ = {str(ROOT / "configs" / "maskrcnn_lavit_n_shapes.py")!r}\n'
         f'model = dict(backbone=dict(arch=dict(_delete_=True, **{arch}), window_sizes={windows}))\n'
     )
-    model = small_lavit(arch=arch, window_sizes=windows).float()
+    model = sharpen(small_lavit(arch=arch, window_sizes=windows), images(2, 3, 150, 250)).float()
     weights = {f'backbone.{name}': weight for name, weight in model.state_dict().items()}
     torch.save({'state_dict': {**weights, 'neck.other': torch.ones(1)}}, tmp_path / 'model.pth')
     file = tmp_path / 'model.onnx'

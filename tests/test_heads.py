@@ -127,8 +127,9 @@ def user(request) -> Iterator[SimpleNamespace]:
     del found.model
 
 
-def build(name: str) -> SimpleNamespace:
+def build(name: str, **options: object) -> SimpleNamespace:
     cfg = Config.fromstring(COMMON + HEADS[name], '.py')
+    cfg.model.backbone.update(options)
     importlib.import_module(f'{cfg.default_scope}.models')
     registry = importlib.import_module(f'{cfg.default_scope}.registry')
     print('seed 0')
@@ -197,15 +198,17 @@ def test_learns(user):
     optim_wrapper.zero_grad()
 
 
-@pytest.mark.parametrize('name', ['fcos', 'dino', 'segformer'])
-def test_padding_does_not_drown_the_gradients(name):
+@pytest.mark.parametrize(
+    'name, conv_stem', [('fcos', False), ('fcos', True), ('dino', False), ('segformer', True)]
+)
+def test_padding_does_not_drown_the_gradients(name, conv_stem):
     """From scratch, on a batch that is mostly padding, as on one that is all image.
 
     Padded pixels are zero. Where the first projection makes zero tokens of them, each LayerNorm
     multiplies their gradient by 1 / sqrt(eps); it then outgrows all others by many orders, and
     clipping it leaves nothing of them.
     """
-    user = build(name)
+    user = build(name, conv_stem=conv_stem)
     norms = []
     for sizes in ([(128, 128), (128, 128)], [(128, 128), (50, 40)]):
         user.model.zero_grad()

@@ -5,9 +5,20 @@ from __future__ import annotations
 import math
 
 import pytest
+import reference
 import torch
 import torch.nn.functional as F
-from small import ARCH, images, seeded, small_lavit
+from small import (
+    ARCH,
+    STD,
+    STEEP,
+    allowed,
+    images,
+    largest_difference,
+    seeded,
+    sharpen,
+    small_lavit,
+)
 from torch import Tensor, nn
 
 import mmlavit.attention
@@ -87,7 +98,38 @@ def test_other_types_pass_untouched(dtype):
     assert saturate(x) is x and x[0] == math.inf
 
 
+# -- Ordinary inputs -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('device', DEVICES)
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize('training', [True, False])
+@pytest.mark.parametrize('std', [STD, STEEP])
+def test_autocast_is_as_good_as_the_reference_in_half_precision(device, dtype, training, std):
+    """All weights, tokens and scores of that reference are in half precision."""
+    x = images(2, 3, 37, 50)
+    model = sharpen(small_lavit(window_sizes=(4, 4, 4, 4)), x, std)
+    exact, rough = (
+        reference.lavit(
+            x.to(d),
+            {name: w.to(d) for name, w in model.state_dict().items()},
+            ARCH['num_heads'],
+            model.window_sizes,
+        )
+        for d in (torch.float64, dtype)
+    )
+    model = model.float().to(device).train(training)
+    with torch.set_grad_enabled(training), torch.autocast(device, dtype=dtype):
+        found = [m.detach().cpu() for m in model(x.float().to(device))]
+    assert largest_difference(found, exact) < allowed(exact, rough, dtype)
+
+
 # -- Extreme inputs --------------------------------------------------------------------------------
+
+
+def usual_lavit() -> LaViT:
+    """A LaViT whose scores are far from even and far from the ends of float16."""
+    return sharpen(small_lavit(), images(2, 3, 64, 64)).float()
 
 
 def steep_lavit(scale: float = 400.0) -> LaViT:
@@ -127,9 +169,9 @@ def all_finite(tensors: list[Tensor]) -> bool:
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize('training', [True, False])
 @pytest.mark.parametrize('size', [(64, 64), (37, 50)], ids=['whole', 'padded'])
-@pytest.mark.parametrize('make', [small_lavit, steep_lavit], ids=['usual', 'steep'])
+@pytest.mark.parametrize('make', [usual_lavit, steep_lavit], ids=['usual', 'steep'])
 def test_images_a_thousand_times_too_bright(device, dtype, training, size, make):
-    model = make().float().to(device).train(training)
+    model = make().to(device).train(training)
     x = 1e3 * images(2, 3, *size).float().to(device)
     with torch.set_grad_enabled(training):
         maps, scores = scores_of(model, x, dtype)

@@ -58,6 +58,9 @@ BACKBONES: dict[str, Callable[[], nn.Module]] = {
     'ConvNeXt-T': _convnext_tiny,
     'LaViT-T': lambda: LaViT('tiny'),
     'LaViT-B': lambda: LaViT('base'),
+    'LaViT-S conv-stem': lambda: LaViT('small', conv_stem=True),
+    'LaViT-S overlap': lambda: LaViT('small', overlap_downsample=True),
+    'LaViT-S conv-stem overlap': lambda: LaViT('small', conv_stem=True, overlap_downsample=True),
 }
 DEFAULT_BACKBONES = tuple(BACKBONES)[:6]
 
