@@ -657,6 +657,8 @@ def test_parts_are_told_apart_by_what_they_cost():
     # Less than two standard errors, for better or worse.
     assert 'stage 3' in said(change(-0.6, 0.4))
     assert 'stage 3' in said(change(0.6, 0.4)) and 'WARNING' not in said(change(0.6, 0.4))
+    kinds = judge(made_up(change(0.0), change(0.6), change(-0.6, 0.4)), 'mIoU', threshold=0.5)
+    assert len(set(kinds)) == 3
 
 
 def test_a_model_that_has_nothing_to_lose_is_no_evidence():

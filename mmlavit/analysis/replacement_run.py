@@ -186,25 +186,32 @@ def judge(measured: Measured, metric: str, threshold: float) -> list[str]:
     """
     if not measured.as_it_is[metric]:
         return [f'WARNING: {metric} is 0 as it is, so the model has nothing to lose.']
-    worse, unsure, nothing = [], [], defaultdict(list)
+    better, nothing, unsure = (defaultdict(list) for _ in range(3))
     for change in measured.changes:
         points, error = change.points[metric], change.errors.get(metric)
-        where = f'{_WORDS[change.how][0]} in {_place(change.stage)} ({_amount(change, metric)})'
         if abs(points) < threshold:
             nothing[change.how].append(change)
         elif error is not None and abs(points) < 2 * error:
-            unsure.append(f'{where}: this may be chance.')
+            unsure[change.how].append(change)
         elif points > 0:
-            worse.append(f'WARNING: {where}: {metric} is better without what the model has learnt.')
-    idle = []
+            better[change.how].append(change)
+
+    def where(how: str, changes: list[Change]) -> str:
+        places = [f'{_place(change.stage)} ({_amount(change, metric)})' for change in changes]
+        return f'{_WORDS[how][0]} in {", ".join(places)}'
+
+    sentences = [
+        f'WARNING: {where(*item)}: {metric} is better without what the model has learnt.'
+        for item in better.items()
+    ]
     for how, changes in nothing.items():
-        column, words = _WORDS[how]
-        places = ', '.join(f'{_place(c.stage)} ({_amount(c, metric)})' for c in changes)
-        few = any(2 * c.errors.get(metric, 0) > threshold for c in changes)
+        few = any(2 * change.errors.get(metric, 0) > threshold for change in changes)
         hedge = ', as far as so few images can tell' if few else ''
-        idle.append(f'{column} in {places}: {words} there that {metric} sees{hedge}.')
-    all_cost = f'Each of these costs at least {threshold:g} points of {metric}.'
-    return [*worse, *idle, *unsure] or [all_cost]
+        sentences.append(
+            f'{where(how, changes)}: {_WORDS[how][1]} there that {metric} sees{hedge}.'
+        )
+    sentences += [f'{where(*item)}: this may be chance.' for item in unsure.items()]
+    return sentences or [f'Each of these costs at least {threshold:g} points of {metric}.']
 
 
 def to_json(measured: Measured, threshold: float) -> str:
