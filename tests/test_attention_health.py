@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from mmlavit import AttentionHealthHook, LaViT
-from mmlavit.attention import VanillaAttention, WindowAttention
+from mmlavit.attention import VanillaAttention, WindowAttention, zero_padded_pairs
 from mmlavit.attention_health import figures
 from mmlavit.compat import leave_process_group, repair_torchvision
 from mmlavit.windows import WindowGrid
@@ -348,7 +348,7 @@ def test_the_figures_are_those_of_a_loop_over_rows(size, dtype):
     expected = torch.tensor(naive_figures(scores, grid))
     torch.testing.assert_close(figures(scores, grid), expected, rtol=1e-5, atol=1e-6)
     # Padded pairs hold 0 in a model, which is much to scores that are far below it.
-    low = figures(scores.float() - 200, grid)
+    low = figures(zero_padded_pairs(scores.float() - 200, grid), grid)
     torch.testing.assert_close(low, expected, rtol=1e-4, atol=1e-4)
 
 
@@ -372,23 +372,22 @@ def test_of_many_windows_it_takes_some_from_everywhere():
         assert diagonality == pytest.approx(1 / 3, abs=0.05)
 
 
-@pytest.mark.parametrize('scale', [0.075, 0.1])
+@pytest.mark.parametrize('scale', [0.075, 0.12])
 def test_the_figure_in_the_log_is_the_mean_over_the_layers_of_that_pass(tmp_path, scale):
-    """Of a stage that is nearly even: the second one a little less than is said."""
+    """One is even, the others are nearly so; the second time a little less than is said."""
     model = Toy(lavit(*['alive'] * 4))
     stage, layers = model.backbone.stages[1], []
-    for attn in stage.modules():
-        if isinstance(attn, VanillaAttention):
-            attn.qkv.weight.data[:32] *= scale
-        if isinstance(attn, WindowAttention):
-            attn.register_forward_hook(
-                lambda layer, args, output: layers.append((output[1].detach(), args[1]))
-            )
+    for block, factor in zip(stage.blocks[:2], (0, scale), strict=True):
+        block.attn.qkv.weight.data[:32] *= factor
+    for block in stage.blocks:
+        block.attn.register_forward_hook(
+            lambda layer, args, output: layers.append((output[1].detach(), args[1]))
+        )
     heard = train(tmp_path, model)
     look = FIRST_LOOK + 2
     expected = sum(naive_figures(*layer)[0] for layer in layers[3 * look : 3 * look + 3]) / 3
-    if scale == 0.1:
-        assert 0.998 < expected < 0.999
+    if scale == 0.12:
+        assert 0.995 < expected < 0.999
         assert not heard.lines
         return
     assert 0.999 < expected < 0.9999
