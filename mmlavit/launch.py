@@ -176,7 +176,8 @@ def _said_by_us(error: BaseException) -> str | None:
             if module.startswith('mmlavit.') and statement.startswith('raise '):
                 return str(error)
         if unknown := re.fullmatch(
-            r"(LaViT|DiagonalityLossHook|AttentionHealthHook)\.__init__\(\) (got an unexpected keyword argument '.+')",
+            r'(LaViT|DiagonalityLossHook|AttentionHealthHook)\.__init__\(\) '
+            r"(got an unexpected keyword argument '.+')",
             str(error),
         ):
             return f'{unknown[1]} {unknown[2]}; README.md lists its options'
