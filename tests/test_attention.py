@@ -3,7 +3,7 @@
 import pytest
 import reference
 import torch
-from small import images, seeded
+from small import images, seeded, spread
 from torch import Tensor, nn
 
 from mmlavit.attention import LessAttention, VanillaAttention, two_sided_linear
@@ -14,6 +14,12 @@ from mmlavit.windows import WindowGrid
 DIMS, HEADS = 12, 3
 IDENTITY = nn.Identity()
 GRIDS = [(8, 8, 4), (5, 7, 4), (3, 3, 8), (9, 4, 4)]
+
+
+@pytest.fixture(autouse=True)
+def _first_weights():
+    print('seed 0')
+    torch.manual_seed(0)
 
 
 def noisy(module: torch.nn.Module, seed: int = 5) -> torch.nn.Module:
@@ -60,6 +66,7 @@ def test_vanilla_attention_is_equation_4(height, width, window, with_residual, d
     x = images(1, height, width, DIMS).to(dtype)
     residual = random_scores(grid, HEADS).to(dtype) if with_residual else None
     out, scores = attn(x, grid, residual, IDENTITY)
+    assert 1 < spread(scores[None], grid) < 3
     given = as_dict(residual, grid) if with_residual else None
     expected, expected_scores = reference.vanilla_attention(
         x[0], attn.state_dict(), HEADS, window, given
@@ -76,6 +83,7 @@ def test_less_attention_is_equation_5(height, width, window, dtype, tol):
     attn = noisy(LessAttention(DIMS, HEADS, window)).to(dtype)
     x, prev = images(1, height, width, DIMS).to(dtype), random_scores(grid, HEADS).to(dtype)
     out, scores = attn(x, grid, prev, IDENTITY)
+    assert 1 < spread(scores[None], grid) < 3
     expected, expected_scores = reference.less_attention(
         x[0], as_dict(prev, grid), attn.state_dict(), HEADS, window
     )

@@ -8,13 +8,14 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import pytest
+import reference
 import torch
 from mmengine import Config
 from mmengine.logging import MMLogger
 from mmengine.model import BaseModel, ExponentialMovingAverage
 from mmengine.registry import DefaultScope
 from mmengine.runner import load_checkpoint, save_checkpoint
-from small import ARCH, images, seeded, small_lavit
+from small import ARCH, images, seeded, sharpen, small_lavit, spreads
 from torch import Tensor, nn
 
 from mmlavit import ARCHS, LaViT
@@ -289,13 +290,34 @@ def smooth_weight(side: int) -> Tensor:
     return torch.eye(side**2, dtype=torch.float64) + rank_one / side**2
 
 
+def resized_by_formula(weight: Tensor, old: int, new: int) -> Tensor:
+    to_old, to_new = (torch.kron(hat, hat) for hat in (hat_filter(new, old), hat_filter(old, new)))
+    eye_old, eye_new = (torch.eye(side**2, dtype=torch.float64) for side in (old, new))
+    return eye_new + to_new @ (weight - eye_old) @ to_old
+
+
 @pytest.mark.parametrize('old, new', SIZES)
 def test_resizing_is_the_formula(old, new):
     weight = torch.randn(old**2, old**2, generator=seeded(0), dtype=torch.float64)
-    to_old, to_new = (torch.kron(hat, hat) for hat in (hat_filter(new, old), hat_filter(old, new)))
-    eye_old, eye_new = (torch.eye(side**2, dtype=torch.float64) for side in (old, new))
-    expected = eye_new + to_new @ (weight - eye_old) @ to_old
+    expected = resized_by_formula(weight, old, new)
     torch.testing.assert_close(resize_window_weight(weight, new), expected)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize('windows', [(4, 4, 4, 4), (14, 14, 14, 7), (8, 8, 4, 4)])
+def test_attention_in_other_windows_is_the_references(windows):
+    """With Psi and Theta by the formula, and scores far from even in either windows."""
+    x = images(2, 3, 70, 90)
+    source = sharpen(small_lavit(seed=1), x)
+    model = small_lavit(seed=2, window_sizes=windows)
+    model.load_state_dict(source.state_dict())
+    assert min(spreads(model, x)) > 1
+    weights = source.state_dict()
+    for name in filter(is_window_weight, weights):
+        weights[name] = resized_by_formula(weights[name], 8, windows[int(name.split('.')[1])])
+    expected = reference.lavit(x, weights, ARCH['num_heads'], windows)
+    for found, right in zip(model(x), expected, strict=True):
+        torch.testing.assert_close(found, right, rtol=0, atol=1e-10)
 
 
 @pytest.mark.parametrize('old, new', SIZES)
