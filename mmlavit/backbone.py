@@ -33,10 +33,12 @@ from .windows import WindowGrid, nesting_ratio
 # 2048 and a whole map 1.2 and 1.3 times on two Zen cores.
 SLAB_TOKENS = 16384
 
-# Standard deviation of the position convolutions' weights at the start, in a stage of at most
-# POSITION_LAYERS layers; in deeper ones it falls with the square root of the depth.
+# Standard deviation, at the start, of the weights of position convolutions and of projections that
+# write to the tokens, in a stage of at most START_LAYERS layers; in deeper ones it falls with the
+# square root of the depth.
 POSITION_STD = 0.15
-POSITION_LAYERS = 3
+PROJECTION_STD = 0.02  # as in Swin and PVT
+START_LAYERS = 3
 
 
 class Stage(nn.Module):
@@ -239,13 +241,12 @@ class LaViT(BaseModule):
         super().init_weights()
 
     def _reset_parameters(self) -> None:
-        """Initial weights as in Swin and PVT, but for the position convolutions.
-
-        ``Psi``, ``Theta`` and LayerScale set their own.
-        """
+        """Initial weights; ``Psi``, ``Theta`` and LayerScale set their own."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
-                trunc_normal_(module.weight, std=0.02)
+                # What reads normalized tokens gives features, and scores, of a standard deviation
+                # of 1 from any number of channels.
+                trunc_normal_(module.weight, std=module.in_features**-0.5)
             elif isinstance(module, nn.Conv2d):
                 fan_out = math.prod(module.kernel_size) * module.out_channels // module.groups
                 nn.init.normal_(module.weight, std=math.sqrt(2 / fan_out))
@@ -257,11 +258,13 @@ class LaViT(BaseModule):
             if module.bias is not None and module is not self._first_projection:
                 nn.init.zeros_(module.bias)
         for stage in self.stages:
-            # Each adds noise of 9 std**2 times the variance of the tokens to them. So the tokens of
-            # a stage grow by a bounded factor, however many layers it has.
-            std = min(POSITION_STD, POSITION_STD * math.sqrt(POSITION_LAYERS / len(stage.blocks)))
+            # What writes to the tokens adds little, and the less the more layers there are, so that
+            # the tokens of a stage grow by a bounded factor at any depth.
+            share = min(1, math.sqrt(START_LAYERS / len(stage.blocks)))
             for block in stage.blocks:
-                nn.init.normal_(block.pos_conv.weight, std=std)
+                nn.init.normal_(block.pos_conv.weight, std=share * POSITION_STD)
+                for projection in (block.attn.proj, block.mlp.fc2):
+                    trunc_normal_(projection.weight, std=share * PROJECTION_STD)
 
     @property
     def _first_projection(self) -> nn.Conv2d:

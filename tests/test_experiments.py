@@ -111,7 +111,10 @@ def test_a_switch_is_a_bool(part):
         AblatedLaViT(arch=ARCH, **{part: 0})
 
 
-STARTS = ['position_std', 'position_scale', 'query_key_std', 'residual_scale', 'norm_eps']
+STARTS = [
+    *('position_std', 'position_scale', 'linear_std'),
+    *('query_key_std', 'residual_scale', 'norm_eps'),
+]
 
 
 @pytest.mark.parametrize('start', STARTS)
@@ -127,7 +130,8 @@ def test_another_start_is_the_start_that_was_asked_for(start):
     blocks = [block for stage in model.stages for block in stage.blocks]
     first = model.stages[0].blocks[0]
     queries_and_keys, values = first.attn.qkv.weight.detach().split((32, 16))
-    assert values.std().item() == pytest.approx(0.02, rel=0.3)
+    own = 0.3 if start == 'linear_std' else 16**-0.5
+    assert values.std().item() == pytest.approx(own, rel=0.2)
     if start == 'position_std':
         spread = torch.cat([block.pos_conv.weight.flatten() for block in blocks]).std()
         assert spread.item() == pytest.approx(0.3, rel=0.1)
@@ -135,6 +139,12 @@ def test_another_start_is_the_start_that_was_asked_for(start):
         x = torch.randn(1, 16, 5, 5)
         scaled = first.pos_conv(x)
         torch.testing.assert_close(scaled, 0.3 * first.pos_conv.conv(x))
+    elif start == 'linear_std':
+        assert all(
+            m.weight.std().item() == pytest.approx(0.3, rel=0.1)
+            for m in model.modules()
+            if isinstance(m, torch.nn.Linear)
+        )
     elif start == 'query_key_std':
         assert queries_and_keys.std().item() == pytest.approx(0.3, rel=0.1)
     elif start == 'residual_scale':

@@ -64,6 +64,7 @@ class AblatedLaViT(LaViT):
         position_std: Standard deviation of the position convolutions' weights at the start; None
             for LaViT's own.
         position_scale: Start of a LayerScale on each position convolution; None for none.
+        linear_std: Standard deviation of all linear layers at the start; None for LaViT's own.
         query_key_std: Standard deviation of the projections to Q and K at the start; None for
             LaViT's own.
         residual_scale: Start of the attention residual's LayerScale; None for LaViT's own.
@@ -83,6 +84,7 @@ class AblatedLaViT(LaViT):
         position: bool = True,
         position_std: float | None = None,
         position_scale: float | None = None,
+        linear_std: float | None = None,
         query_key_std: float | None = None,
         residual_scale: float | None = None,
         norm_eps: float | None = None,
@@ -99,6 +101,7 @@ class AblatedLaViT(LaViT):
         for name, value in (
             ('position_std', position_std),
             ('position_scale', position_scale),
+            ('linear_std', linear_std),
             ('query_key_std', query_key_std),
             ('residual_scale', residual_scale),
             ('norm_eps', norm_eps),
@@ -118,6 +121,10 @@ class AblatedLaViT(LaViT):
                     block.pos_conv = ScaledPosition(block.pos_conv, position_scale)
                 if not position:
                     block.pos_conv = NoPosition()
+                if linear_std is not None:
+                    for module in block.modules():
+                        if isinstance(module, nn.Linear):
+                            trunc_normal_(module.weight, std=linear_std)
                 if query_key_std is not None and isinstance(block.attn, VanillaAttention):
                     query_and_key = block.attn.qkv.weight[: 2 * block.attn.qkv.in_features]
                     trunc_normal_(query_and_key.detach(), std=query_key_std)

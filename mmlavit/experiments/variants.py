@@ -70,7 +70,7 @@ VARIANTS = {
     'lavit': Variant('LaViT (windows 8)', _lavit()),
     'as-it-was': Variant(
         'LaViT as it was',
-        _ablated(position_std=math.sqrt(2 / 9)),
+        _ablated(position_std=math.sqrt(2 / 9), linear_std=0.02),
         hooks=(dict(type='GrowingDiagonalityLossHook'),),
     ),
     'vanilla': Variant('all-vanilla twin', _lavit(arch={**ARCH, 'vanilla_depths': ARCH['depths']})),
@@ -127,7 +127,8 @@ VARIANTS = {
     'diagonality-1': Variant('diagonality loss, weight 1', _lavit(), _diagonality(1.0)),
     'diagonality-0.1': Variant('diagonality loss, weight 0.1', _lavit(), _diagonality(0.1)),
     'diagonality-0.01': Variant('diagonality loss, weight 0.01', _lavit(), _diagonality(0.01)),
-    'query-key-0.1': Variant('Q and K from a deviation of 0.1', _ablated(query_key_std=0.1)),
+    'query-key-0.02': Variant('Q and K from 0.02, as in Swin', _ablated(query_key_std=0.02)),
+    'linear-0.02': Variant('all projections from 0.02, as in Swin', _ablated(linear_std=0.02)),
     'residual-1': Variant('attention residual from a scale of 1', _ablated(residual_scale=1.0)),
     'eps-1e-5': Variant('eps of the norms 1e-5', _ablated(norm_eps=1e-5)),
     'windows-4': Variant('windows 4', _lavit(window_sizes=(4, 4, 4, 2))),
@@ -187,7 +188,8 @@ EXPERIMENTS = {
     ),
     'mixing': Experiment('What do Psi and Theta buy?', ('lavit', 'no-mixing')),
     'scores': Experiment(
-        'How should Q and K and the norms start?', ('lavit', 'query-key-0.1', 'eps-1e-5')
+        'How should projections and norms start?',
+        ('lavit', 'query-key-0.02', 'linear-0.02', 'eps-1e-5'),
     ),
     'windows': Experiment('How large should windows be?', ('lavit', 'windows-4', 'windows-16')),
 }
