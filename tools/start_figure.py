@@ -19,7 +19,11 @@ SEEDS = 3
 BACKBONES = {
     'LaViT-B': dict(type='LaViT', arch='base', drop_path_rate=0.0),
     'LaViT-B as it was': dict(
-        type='AblatedLaViT', arch='base', drop_path_rate=0.0, position_std=(2 / 9) ** 0.5
+        type='AblatedLaViT',
+        arch='base',
+        drop_path_rate=0.0,
+        position_std=(2 / 9) ** 0.5,
+        linear_std=0.02,
     ),
     'Swin-T': dict(type='mmdet.SwinTransformer', drop_path_rate=0.0),
     'PVTv2-B2': dict(
