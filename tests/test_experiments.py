@@ -490,19 +490,18 @@ def test_the_committed_page_is_of_the_committed_results():
     assert report.fill_in(text, results, *kept) == text
     for name, experiment in EXPERIMENTS.items():
         assert f'<!-- results: {name} -->' in text
-        assert (PAGE.parent / f'{name}.png').exists() or experiment.rates
+        assert (f']({name}.png)' in text) == report.is_whole(experiment, results)
     for result in results:
         assert result['variant'] in VARIANTS and result['task'] in TASKS
         assert result['metric'] == list(result['curve'].values())[-1]
 
 
-def test_the_committed_results_are_all_that_is_asked_for():
+def test_each_backbone_has_the_learning_rate_that_was_better():
+    """With the first seed, where both have been tried."""
     results = {study._key(r): r['metric'] for r in study.read_results(RESULTS)}
-    wanted = study.trainings(EXPERIMENTS, TASKS, range(report.SEEDS))
-    assert set(wanted) <= set(results)
-    # Each backbone has the learning rate that was better with the first seed.
     tried = EXPERIMENTS['rates']
     for name in tried.variants:
         for task in TASKS:
-            at = {rate: results[Training(task, name, 0, rate)] for rate in tried.rates}
-            assert VARIANTS[name].rate(task) == max(at, key=at.get), (name, task)
+            at = {rate: results.get(Training(task, name, 0, rate)) for rate in tried.rates}
+            if None not in at.values():
+                assert VARIANTS[name].rate(task) == max(at, key=at.get), (name, task)

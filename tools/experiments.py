@@ -78,7 +78,7 @@ def main() -> None:
     times = json.loads(times_file.read_text()) if times_file.exists() else {}
     for name, experiment in EXPERIMENTS.items():
         if any(r['variant'] in experiment.variants for r in results):
-            if not experiment.rates:
+            if report.is_whole(experiment, results):
                 print(report.draw(experiment, results, OUT / f'{name}.png'))
             print(f'{experiment.question}\n\n{report.table(experiment, results, times)}\n')
     at_sizes = json.loads(resizing_file.read_text()) if resizing_file.exists() else []

@@ -177,6 +177,13 @@ def difference(gaps: list[float]) -> tuple[float, float]:
     return float(interval.low), float(interval.high)
 
 
+def is_whole(experiment: Experiment, results: list[dict[str, Any]]) -> bool:
+    """Whether an experiment has all seeds of all its variants in at least one task."""
+    return not experiment.rates and any(
+        all(len(_of(results, task, v)) >= SEEDS for v in experiment.variants) for task in TASKS
+    )
+
+
 def draw(experiment: Experiment, results: list[dict[str, Any]], out: Path) -> Path:
     """Plot the learning curves of an experiment, a panel for each task.
 
