@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from mmengine.logging import print_log
 from mmengine.model import BaseModule
-from mmengine.model.weight_init import PretrainedInit, trunc_normal_
+from mmengine.model.weight_init import PretrainedInit
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -245,8 +245,10 @@ class LaViT(BaseModule):
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 # What reads normalized tokens gives features, and scores, of a standard deviation
-                # of 1 from any number of channels.
-                trunc_normal_(module.weight, std=module.in_features**-0.5)
+                # of 1 from any number of channels. Not a truncated normal, whose bounds are -2 and
+                # 2 in Swin and PVT: now and then a weight lies on them, 100 standard deviations
+                # out, one to five of them in a LaViT-B.
+                nn.init.normal_(module.weight, std=module.in_features**-0.5)
             elif isinstance(module, nn.Conv2d):
                 fan_out = math.prod(module.kernel_size) * module.out_channels // module.groups
                 nn.init.normal_(module.weight, std=math.sqrt(2 / fan_out))
@@ -264,7 +266,7 @@ class LaViT(BaseModule):
             for block in stage.blocks:
                 nn.init.normal_(block.pos_conv.weight, std=share * POSITION_STD)
                 for projection in (block.attn.proj, block.mlp.fc2):
-                    trunc_normal_(projection.weight, std=share * PROJECTION_STD)
+                    nn.init.normal_(projection.weight, std=share * PROJECTION_STD)
 
     @property
     def _first_projection(self) -> nn.Conv2d:

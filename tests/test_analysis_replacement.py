@@ -448,7 +448,7 @@ def test_a_classifier_loses_what_it_loses_by_other_means(project, monkeypatch, c
             with replaced(model, how, stages=stages, mean=given):
                 named = [(weight @ features_of(model, x)).argmax().item() for x, _ in chosen]
             expected[how, m] = [n == label for n, (_, label) in zip(named, chosen, strict=True)]
-    assert len(expected) == 24 and len({tuple(hits) for hits in expected.values()}) > 8
+    assert len(expected) == 24 and len({tuple(hits) for hits in expected.values()}) >= 5
     assert not all(expected['psi_theta', None]) and not all(expected['ar', None])
 
     changes = {(c['how'], c['stage'] and c['stage'] - 1): c for c in found['changes']}

@@ -484,18 +484,25 @@ def test_mmpretrains_layer_decay_reaches_every_parameter():
     assert [rates[f'backbone.stages.{m}.blocks.0.attn.qkv.weight'] for m in range(4)] == depths
 
 
-def test_weights_start_as_in_swin_and_are_reproducible():
+def test_weights_start_at_their_scale_and_are_reproducible():
+    """Features and scores of 1 from any width; what is written to the tokens falls with depth."""
     first, second = [], []
     for weights in (first, second):
         torch.manual_seed(4)
-        model = LaViT('tiny')
+        model = LaViT('base')
         model.init_weights()
         weights += model.state_dict().items()
     assert all(a == b and torch.equal(v, w) for (a, v), (b, w) in zip(first, second, strict=True))
+    for depth, stage in zip(model.depths, model.stages, strict=True):
+        share = min(1, math.sqrt(3 / depth))
+        for name, module in stage.blocks.named_modules():
+            if isinstance(module, nn.Linear):
+                writes = name.endswith(('proj', 'fc2'))
+                expected = share * 0.02 if writes else module.in_features**-0.5
+                assert module.weight.std().item() == pytest.approx(expected, rel=0.1), name
+                assert module.weight.abs().max() < 7 * expected, name
+                assert module.bias is None or not module.bias.any()
     for module in model.modules():
-        if isinstance(module, nn.Linear):
-            assert module.weight.std().item() == pytest.approx(0.02, rel=0.1)
-            assert module.bias is None or not module.bias.any()
         if isinstance(module, LessAttention):
             assert torch.equal(module.psi, torch.eye(64)) and torch.equal(
                 module.theta, torch.eye(64)

@@ -273,7 +273,7 @@ def test_a_lavit_is_watched_while_it_trains(small_tasks, monkeypatch):
     """Its attention is even at the start, and stays so for ten iterations."""
     monkeypatch.setattr(training, 'AttentionHealthHook', lambda: AttentionHealthHook(interval=1))
     TASKS['match'].make_data()
-    for variant, is_lavit in (('no-mixing', True), ('resnet', False)):
+    for variant, is_lavit in (('linear-0.02', True), ('resnet', False)):
         training.train_variant('match', variant, 0, 1e-3, small_tasks / variant)
         (log,) = (small_tasks / variant).glob('*/*.log')
         found = re.search(r'AttentionHealthHook: .* gone even', log.read_text())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-from mmengine.model.weight_init import trunc_normal_
 from mmengine.registry import HOOKS, MODELS
 from torch import Tensor, nn
 
@@ -124,10 +123,10 @@ class AblatedLaViT(LaViT):
                 if linear_std is not None:
                     for module in block.modules():
                         if isinstance(module, nn.Linear):
-                            trunc_normal_(module.weight, std=linear_std)
+                            nn.init.normal_(module.weight, std=linear_std)
                 if query_key_std is not None and isinstance(block.attn, VanillaAttention):
                     query_and_key = block.attn.qkv.weight[: 2 * block.attn.qkv.in_features]
-                    trunc_normal_(query_and_key.detach(), std=query_key_std)
+                    nn.init.normal_(query_and_key.detach(), std=query_key_std)
                 if not mixing and isinstance(block.attn, LessAttention):
                     block.attn = _reused(block.attn, stage.window)
         if norm_eps is not None:
