@@ -25,7 +25,7 @@ from .loading import AnalysisError, build_model, load_weights, one_line
 from .record import recording, stages_of
 from .replacement import HOWS, MeanAttention, replaceable, replaced
 
-#: What counts where nothing else is asked for: the metrics of our configs.
+#: The metrics of our configs, which count where nothing else is asked for.
 MAIN_METRICS = ('accuracy/top1', 'coco/bbox_mAP', 'coco/segm_mAP', 'mIoU')
 
 # Head of a column, and what a model that loses nothing tells.
