@@ -48,8 +48,8 @@ class Variant:
         return self.rates.get(task, 1e-3)
 
 
-#: Windows of 8, or the whole map where that is smaller, as in the demos' configs. The maps of images
-#: of 64 x 64 are 16, 8, 4 and 2 wide.
+#: Windows of 8, or the whole map where that is smaller, as in the demos' configs. Images of 64 x 64
+#: have maps of 16, 8, 4 and 2 tokens a side.
 WINDOWS = (8, 8, 4, 2)
 
 
