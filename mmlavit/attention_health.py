@@ -56,10 +56,10 @@ class AttentionHealthHook(Hook):
       over 0.999.
 
     A stage's figure is the mean over its layers, frozen ones among them; a layer's is the mean over
-    at most 32 windows, spread over the batch, without padding. Attention starts out even and has to
-    be learnt. So the hook looks only when a tenth of the training is over and the learning rate is
-    not higher than ``interval`` iterations before, and it speaks when 3 looks in a row agree. It
-    says each of the two once for a stage, and again if the training is resumed.
+    at most 32 windows, spread over the batch, without padding. Early in a training attention may
+    still be on its way. So the hook looks only when a tenth of the training is over and the
+    learning rate is not higher than ``interval`` iterations before, and it speaks when 3 looks in a
+    row agree. It says each of the two once for a stage, and again if the training is resumed.
 
     The training is the same with it as without, bit by bit. In distributed training the main
     process looks, at its own images, without talking to the others. Of several LaViTs in a model it

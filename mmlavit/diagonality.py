@@ -73,8 +73,8 @@ def diagonality_preserving_loss(scores: Tensor, valid: Tensor | None = None) -> 
         # Also before the differences, so that not even infinite padding leaves a trace.
         scores = scores.masked_fill(padded, 0)
         count = valid.sum(dim=-1, keepdim=True)
-    # The pairs j = i contribute 0 to both, so summing over all pairs leaves those with j != i.
     scores, is_even = _unit_spread(scores, padded, count)
+    # The pairs j = i contribute 0 to both, so summing over all pairs leaves those with j != i.
     violation = (scores - scores.mT).abs()
     violation = violation + F.relu(scores - scores.diagonal(dim1=-2, dim2=-1).unsqueeze(-1))
     if padded is not None:
@@ -123,8 +123,8 @@ class DiagonalityLossHook(Hook):
     mmpretrain's classifiers, would hide the sum, so it is logged as ``loss_task``.
 
     Args:
-        loss_weight: Factor of the loss; the paper adds it as it is. 0 switches the hook off: it
-            does nothing at all. Defaults to 1.
+        loss_weight: Factor of the loss; the paper adds it as it is. 0 switches it off: the
+            model is not watched. Defaults to 1.
 
     Raises:
         TypeError: If ``loss_weight`` is not a number.
@@ -149,9 +149,8 @@ class DiagonalityLossHook(Hook):
     loss = staticmethod(diagonality_preserving_loss)
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
-        """Note in the checkpoint which loss it was trained with."""
-        if self.loss_weight:
-            checkpoint.setdefault('meta', {})[_MARK] = True
+        """Note in the checkpoint which loss this is, also where it is off."""
+        checkpoint.setdefault('meta', {})[_MARK] = True
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         """Say so where a training goes on that began under the loss of before."""

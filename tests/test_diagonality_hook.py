@@ -611,17 +611,20 @@ def test_says_when_the_backbone_took_no_part():
 
 
 @pytest.mark.parametrize(
-    'began, said', [('now', False), ('before', True), ('without the loss', False)]
+    'began, said',
+    [('now', False), ('now, switched off', False), ('before', True), ('without the loss', False)],
 )
 @pytest.mark.parametrize('resume', [True, False])
 def test_a_training_that_began_under_the_earlier_loss_goes_on(tmp_path, began, said, resume):
     options = dict(default_hooks=dict(logger=None, checkpoint=dict(type='CheckpointHook')))
     config = "custom_hooks = [dict(type='DiagonalityLossHook')]"
-    make_runner(tmp_path / 'first', toy(), **options).train()
+    weight = 0.0 if began == 'now, switched off' else 1.0
+    hook = dict(type='DiagonalityLossHook', loss_weight=weight)
+    make_runner(tmp_path / 'first', toy(), custom_hooks=[hook], **options).train()
     (path,) = (tmp_path / 'first').glob('*.pth')
     checkpoint = torch.load(path, weights_only=False)
     checkpoint['meta']['cfg'] = '' if began == 'without the loss' else config
-    if began != 'now':
+    if not began.startswith('now'):
         # The loss of before left no mark.
         checkpoint['meta'] = {k: v for k, v in checkpoint['meta'].items() if 'diagonality' not in k}
     torch.save(checkpoint, path)

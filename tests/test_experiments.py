@@ -16,7 +16,7 @@ from small import ARCH, move_weights, seeded
 
 from mmlavit import AttentionHealthHook, LaViT
 from mmlavit.attention import LessAttention
-from mmlavit.experiments import photographs, report, study, tasks, training
+from mmlavit.experiments import photographs, report, resizing, study, tasks, training
 from mmlavit.experiments.ablations import AblatedLaViT, GrowingDiagonalityLossHook
 from mmlavit.experiments.matching import MatchingRecipe
 from mmlavit.experiments.study import Training
@@ -335,6 +335,20 @@ def test_a_result_says_how_even_attention_is(small_tasks, variant):
         # Ten steps hardly move scores from their start.
         assert all(0.9 < e <= 1 for e in result['entropy']) and len(result['entropy']) == 4
         assert all(0 < s < 1 for s in result['scores']) and len(result['scores']) == 4
+
+
+@pytest.mark.slow
+def test_a_trained_classifier_is_measured_at_other_windows(small_tasks):
+    training = Training('photo', 'lavit', 0, 1e-3)
+    with pytest.raises(FileNotFoundError, match='weights.pth is not there'):
+        resizing.measure([0])
+    (result,) = study.run([training], small_tasks / 'results.jsonl')
+    rows = resizing.measure([0])
+    assert [row['windows'] for row in rows] == list(resizing.SIZES)
+    assert {row['seed'] for row in rows} == {0}
+    # The first size is the one it was trained with.
+    assert rows[0]['metric'] == result['metric']
+    assert all(0 <= row['metric'] <= 100 for row in rows)
 
 
 # ---------------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 # What every training of a LaViT has in common.
 custom_imports = dict(imports=['mmlavit'])
 custom_hooks = [
-    # The paper's auxiliary loss. It is off, as no training of ours gained by it; to switch it on:
+    # The paper's auxiliary loss. It is off until its weight has been measured; to switch it on:
     # --cfg-options custom_hooks.0.loss_weight=0.1
     dict(type='DiagonalityLossHook', loss_weight=0.0),
     # Says in the log, once, if the attention of a stage has died.

@@ -102,10 +102,8 @@ def alive(results: list[dict[str, Any]]) -> str:
         cells = []
         for task in tasks:
             own = [r for r in _of(results, task, variant) if 'entropy' in r]
-            stages = zip(
-                *([_mean(r[name] for r in own) for name in ('entropy', 'scores')] if own else []),
-                strict=True,
-            )
+            entropies, spreads = (_mean(r[name] for r in own) for name in ('entropy', 'scores'))
+            stages = zip(entropies, spreads, strict=True)
             cells.append(', '.join(f'{e:.2f} ({s:.2g})' for e, s in stages) or '–')
         if any(cell != '–' for cell in cells):
             lines.append(f'| {about.title} | {" | ".join(cells)} |')

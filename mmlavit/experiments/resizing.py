@@ -47,6 +47,6 @@ def measure(seeds: Iterable[int]) -> list[dict[str, Any]]:
             with DefaultScope.overwrite_default_scope(cfg.default_scope):
                 runner = Runner.from_cfg(cfg)
                 runner.model.load_state_dict(torch.load(weights, weights_only=True))
-                metric = task.scale * runner.val_loop.run()[task.metric]
+                metric = task.scale * runner.val()[task.metric]
             found.append(dict(seed=seed, windows=windows, metric=metric))
     return found
