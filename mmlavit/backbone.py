@@ -245,8 +245,8 @@ class LaViT(BaseModule):
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 # What reads normalized tokens gives features, and scores, of a standard deviation
-                # near 1 from any number of channels. Not a truncated normal: its bounds are -2 and 2
-                # in Swin and PVT, and now and then a weight lies on them, 100 standard deviations
+                # near 1 from any number of channels. Not a truncated normal: its bounds are -2 and
+                # 2 in Swin and PVT, and now and then a weight lies on them, 100 standard deviations
                 # out, one to five in a LaViT-B.
                 nn.init.normal_(module.weight, std=module.in_features**-0.5)
             elif isinstance(module, nn.Conv2d):

@@ -5,6 +5,7 @@ what each branch of a layer adds, as a share of the stream. LaViT-B as it starts
 with mmdet's Swin-T and PVTv2-B2 beside it, on noise of 224 x 224 pixels, drop path 0.
 """
 
+import argparse
 from pathlib import Path
 
 import matplotlib
@@ -115,6 +116,7 @@ def _mean(rows: list[list[float]]) -> list[float]:
 
 def main() -> None:
     """Measure and draw."""
+    argparse.ArgumentParser(description=__doc__).parse_args()
     matplotlib.use('Agg')
     import matplotlib.pyplot as plt
 
