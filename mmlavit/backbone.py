@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
+import torch
 from mmengine.logging import print_log
 from mmengine.model import BaseModule
 from mmengine.model.weight_init import PretrainedInit
@@ -33,10 +34,10 @@ from .windows import WindowGrid, nesting_ratio
 # 2048 and a whole map 1.2 and 1.3 times on two Zen cores.
 SLAB_TOKENS = 16384
 
-# Standard deviation, at the start, of the weights of position convolutions and of projections that
-# write to the tokens, in a stage of at most START_LAYERS layers; in deeper ones it falls with the
-# square root of the depth.
-POSITION_STD = 0.15
+# Standard deviation, at the start, of the weights of position convolutions (before they are
+# centred) and of projections that write to the tokens, in a stage of at most START_LAYERS layers;
+# in deeper ones it falls with the square root of the depth.
+POSITION_STD = 0.2
 PROJECTION_STD = 0.02  # as in Swin and PVT
 START_LAYERS = 3
 
@@ -264,7 +265,7 @@ class LaViT(BaseModule):
             # the tokens of a stage grow by a bounded factor at any depth.
             share = min(1, math.sqrt(START_LAYERS / len(stage.blocks)))
             for block in stage.blocks:
-                nn.init.normal_(block.pos_conv.weight, std=share * POSITION_STD)
+                _init_centred(block.pos_conv.weight, std=share * POSITION_STD)
                 for projection in (block.attn.proj, block.mlp.fc2):
                     nn.init.normal_(projection.weight, std=share * PROJECTION_STD)
 
@@ -380,6 +381,17 @@ class LaViT(BaseModule):
                     logger='current',
                 )
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+@torch.no_grad()
+def _init_centred(kernels: Tensor, std: float) -> None:
+    """Kernels (C, 1, k, k) that each sum to 0: they answer to what differs between neighbours.
+
+    Neighbours are alike. Of kernels that do not sum to 0 the answer is mostly the token again,
+    times a random factor for each channel, and outlines are lost in it.
+    """
+    nn.init.normal_(kernels, std=std)
+    kernels -= kernels.mean(dim=(2, 3), keepdim=True)
 
 
 def _complete_init_cfg(init_cfg: dict | list[dict] | None) -> dict | list[dict] | None:

@@ -59,14 +59,13 @@ class ConvStem(nn.Module):
 
     Args:
         in_channels: Channels of the image.
-        embed_dims: Channels of a token; half as many lie between the convolutions.
+        embed_dims: Channels of a token, and between the convolutions.
     """
 
     def __init__(self, in_channels: int, embed_dims: int) -> None:
         super().__init__()
-        hidden_dims = max(embed_dims // 2, 1)
-        self.conv1 = PatchEmbed(in_channels, hidden_dims, 2, overlap=True)
-        self.conv2 = PatchEmbed(hidden_dims, embed_dims, 2, overlap=True)
+        self.conv1 = PatchEmbed(in_channels, embed_dims, 2, overlap=True)
+        self.conv2 = PatchEmbed(embed_dims, embed_dims, 2, overlap=True)
 
     def forward(self, x: Tensor) -> Tensor:
         """Embed.

@@ -286,10 +286,24 @@ def test_a_lavit_is_watched_while_it_trains(small_tasks, monkeypatch):
 
 def test_trainings_come_seed_by_seed_and_once():
     wanted = study.trainings(['residual', 'mixing'], ['cls', 'match'], [0, 1])
-    # LaViT, without residual, with a residual from 1, without mixing.
-    assert len(wanted) == len(set(wanted)) == 4 * 2 * 2
-    assert [training.seed for training in wanted] == [0] * 8 + [1] * 8
+    # LaViT, without residual, without mixing.
+    assert len(wanted) == len(set(wanted)) == 3 * 2 * 2
+    assert [training.seed for training in wanted] == [0] * 6 + [1] * 6
     assert {training.rate for training in wanted} == {1e-3}
+
+
+def test_a_question_may_be_asked_of_some_tasks_alone(monkeypatch):
+    asked = Experiment('?', ('lavit', 'no-mixing'), tasks=('match',))
+    monkeypatch.setitem(EXPERIMENTS, 'mixing', asked)
+    wanted = study.trainings(['mixing', 'less'], ['cls', 'match'], [0])
+    assert [training[:2] for training in wanted] == [
+        *(('cls', 'vanilla'), ('cls', 'lavit')),
+        *(('match', 'lavit'), ('match', 'no-mixing'), ('match', 'vanilla')),
+    ]
+    results = [*FAKE, {**FAKE[0], 'task': 'match', 'metric': 60.0}]
+    head, _, *rows = report.table(asked, results, {}).splitlines()
+    assert 'matching' in head and 'classification' not in head and '60.0' in rows[0]
+    assert not report.is_whole(asked, results) and report.is_whole(replace(asked, tasks=()), FAKE)
 
 
 def test_learning_rates_are_compared_with_the_first_seed(monkeypatch):

@@ -55,6 +55,16 @@ def like_weights(block: nn.Module) -> dict[str, Tensor]:
     }
 
 
+@pytest.mark.parametrize('seed', range(2))
+def test_what_is_the_same_everywhere_has_no_position(seed):
+    """Away from the borders the position convolutions leave out even maps."""
+    torch.manual_seed(seed)
+    for name, module in LaViT('nano').named_modules():
+        if name.endswith('pos_conv'):
+            branch = module(torch.ones(1, module.in_channels, 6, 6))
+            assert branch[..., 1:-1, 1:-1].abs().max() < 1e-5 < branch.abs().max(), name
+
+
 @pytest.mark.parametrize('images', [noise, photographs])
 @pytest.mark.parametrize('arch', [*ARCHS, 'deep'])
 @pytest.mark.parametrize('seed', range(2))

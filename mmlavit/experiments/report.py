@@ -33,7 +33,7 @@ def table(experiment: Experiment, results: list[dict[str, Any]], times: dict[str
         hold it against, the 95 % confidence interval of the difference (see :func:`difference`).
         For an experiment on learning rates, what each came to with the first seed.
     """
-    tasks = [t for t in TASKS if any(r['task'] == t for r in results)]
+    tasks = _asked(experiment, results)
     if experiment.rates:
         return _rates_table(experiment, results, tasks)
     lines = [
@@ -55,6 +55,11 @@ def table(experiment: Experiment, results: list[dict[str, Any]], times: dict[str
             cells.append(_cell(_of(results, task, variant), base))
         lines.append(f'| {" | ".join(cells)} |')
     return '\n'.join(lines)
+
+
+def _asked(experiment: Experiment, results: list[dict[str, Any]]) -> list[str]:
+    """Tasks of an experiment that there are results of."""
+    return [t for t in TASKS if experiment.asks(t) and any(r['task'] == t for r in results)]
 
 
 def _of(results: list[dict[str, Any]], task: str, variant: str) -> list[dict[str, Any]]:
@@ -178,7 +183,9 @@ def difference(gaps: list[float]) -> tuple[float, float]:
 def is_whole(experiment: Experiment, results: list[dict[str, Any]]) -> bool:
     """Whether an experiment has all seeds of all its variants in at least one task."""
     return not experiment.rates and any(
-        all(len(_of(results, task, v)) >= SEEDS for v in experiment.variants) for task in TASKS
+        all(len(_of(results, task, v)) >= SEEDS for v in experiment.variants)
+        for task in TASKS
+        if experiment.asks(task)
     )
 
 
@@ -196,7 +203,7 @@ def draw(experiment: Experiment, results: list[dict[str, Any]], out: Path) -> Pa
     matplotlib.use('Agg')
     import matplotlib.pyplot as plt
 
-    tasks = [t for t in TASKS if any(r['task'] == t for r in results)]
+    tasks = _asked(experiment, results)
     figure, panels = plt.subplots(
         1, len(tasks), figsize=(3.6 * len(tasks), 3.6), layout='constrained', squeeze=False
     )

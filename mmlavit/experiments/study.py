@@ -59,6 +59,7 @@ def trainings(
         for seed in seeds
         for task in tasks
         for experiment in chosen
+        if experiment.asks(task)
         for name in experiment.variants
         for rate in experiment.rates or [VARIANTS[name].rate(task)]
         if seed == seeds[0] or not experiment.rates
