@@ -16,7 +16,7 @@ from small import ARCH, move_weights, seeded
 
 from mmlavit import AttentionHealthHook, LaViT
 from mmlavit.attention import LessAttention
-from mmlavit.experiments import photographs, report, resizing, study, tasks, training
+from mmlavit.experiments import photographs, replacing, report, resizing, study, tasks, training
 from mmlavit.experiments.ablations import AblatedLaViT, GrowingDiagonalityLossHook
 from mmlavit.experiments.matching import MatchingRecipe
 from mmlavit.experiments.study import Training
@@ -30,6 +30,7 @@ from mmlavit.experiments.variants import (
 
 PAGE = ROOT / 'docs/experiments/README.md'
 RESULTS = ROOT / 'docs/experiments/results.jsonl'
+FILES = ('times.json', 'resizing.json', 'replacing.json')
 
 
 # ---------------------------------------------------------------------------------------------
@@ -369,6 +370,25 @@ def test_a_trained_classifier_is_measured_at_other_windows(small_tasks):
     assert all(0 <= row['metric'] <= 100 for row in rows)
 
 
+@pytest.mark.slow
+def test_trained_classifiers_are_measured_without_their_attention(small_tasks):
+    with pytest.raises(FileNotFoundError, match='weights.pth is not there'):
+        replacing.measure([0])
+    study.run(
+        [Training('photo', name, 0, 1e-3) for name in replacing.COMPARED],
+        small_tasks / 'results.jsonl',
+    )
+    rows = replacing.measure([0])
+    assert {row['variant'] for row in rows} == set(replacing.COMPARED)
+    for name in replacing.COMPARED:
+        places = [(r['how'], r['stage']) for r in rows if r['variant'] == name]
+        assert [stage for how, stage in places if how == 'even'] == [None, 0, 1, 2, 3]
+        assert [stage for how, stage in places if how == 'ar'] == [None, 1, 2, 3]
+        # The twin has no Psi and no Theta.
+        assert ('psi_theta' in dict(places)) == (name != 'vanilla')
+    assert all(-100 <= row['points'] <= 100 for row in rows)
+
+
 # ---------------------------------------------------------------------------------------------
 # Photographs
 # ---------------------------------------------------------------------------------------------
@@ -503,14 +523,32 @@ def test_curves_are_means_and_bands(tmp_path, monkeypatch):
     assert (ys.min(), ys.max()) == (40.0, 84.0)
 
 
+def test_the_table_of_replacements_has_means_and_ends():
+    rows = [
+        dict(variant='lavit', how=how, stage=stage, seed=seed, points=points)
+        for how, stage, values in (
+            ('even', None, (-30, -20)),
+            ('even', 1, (1, -2)),
+            ('ar', 1, (0, 0)),
+        )
+        for seed, points in enumerate(values)
+    ]
+    assert report.replaced(rows).splitlines() == [
+        '| | even maps | AR off |',
+        '|---|---|---|',
+        '| LaViT (windows 8), all stages | -25.0 (-30.0 to -20.0) | – |',
+        '| LaViT (windows 8), stage 2 | -0.5 (-2.0 to +1.0) | +0.0 (+0.0 to +0.0) |',
+    ]
+
+
 def test_a_page_is_filled_in_again_and_again():
     page = 'a\n<!-- results: mixing -->\nold\n<!-- end of results -->\nb\n'
-    filled = report.fill_in(page, FAKE, {}, [])
+    filled = report.fill_in(page, FAKE, {}, [], [])
     assert 'old' not in filled and '82.0 ± 2.0' in filled
     assert filled.startswith('a\n') and filled.endswith('\nb\n')
-    assert report.fill_in(filled, FAKE, {}, []) == filled
+    assert report.fill_in(filled, FAKE, {}, [], []) == filled
     with pytest.raises(ValueError, match="results of 'mix'"):
-        report.fill_in(page.replace('mixing', 'mix'), FAKE, {}, [])
+        report.fill_in(page.replace('mixing', 'mix'), FAKE, {}, [], [])
 
 
 def test_the_committed_page_is_of_the_committed_results():
@@ -518,7 +556,7 @@ def test_the_committed_page_is_of_the_committed_results():
     # None of an earlier budget or of earlier data.
     assert len(results) == len(RESULTS.read_text().splitlines())
     text = PAGE.read_text()
-    kept = [json.loads((PAGE.parent / f).read_text()) for f in ('times.json', 'resizing.json')]
+    kept = [json.loads((PAGE.parent / f).read_text()) for f in FILES]
     assert report.fill_in(text, results, *kept) == text
     for name, experiment in EXPERIMENTS.items():
         assert f'<!-- results: {name} -->' in text

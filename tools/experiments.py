@@ -9,12 +9,13 @@ import argparse
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 # One core a training; threads that wait must not spin. Both are read when torch is imported.
 os.environ.setdefault('OMP_NUM_THREADS', '1')
 os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')
 
-from mmlavit.experiments import report, resizing, study
+from mmlavit.experiments import replacing, report, resizing, study
 from mmlavit.experiments.cost import step_ratios
 from mmlavit.experiments.photographs import VARIABLE, archive
 from mmlavit.experiments.tasks import TASKS
@@ -53,6 +54,11 @@ def main() -> None:
         action='store_true',
         help='also try the trained classifiers of photographs at other window sizes',
     )
+    parser.add_argument(
+        '--replace',
+        action='store_true',
+        help='also see what they lose with something simple in the place of their attention',
+    )
     args = parser.parse_args()
     results_file = OUT / 'results.jsonl'
     chosen = args.tasks or list(TASKS)
@@ -66,23 +72,31 @@ def main() -> None:
             raise FileNotFoundError(f'{page} is not here; start at the top of the repository')
         if not args.report_only:
             study.run(wanted, results_file, args.jobs)
-        resizing_file = OUT / 'resizing.json'
-        if args.resize:
-            resizing_file.write_text(json.dumps(resizing.measure(args.seeds), indent=2) + '\n')
+        for asked, module in ((args.resize, resizing), (args.replace, replacing)):
+            if asked:
+                _write(module.__name__.rpartition('.')[2], module.measure(args.seeds))
     except (ValueError, OSError, RuntimeError) as error:
         parser.exit(1, f'{parser.prog}: {error}\n')
     results = study.read_results(results_file)
-    times_file = OUT / 'times.json'
     if args.time:
-        times_file.write_text(json.dumps(step_ratios(), indent=2) + '\n')
-    times = json.loads(times_file.read_text()) if times_file.exists() else {}
+        _write('times', step_ratios())
+    times = _read('times') or {}
     for name, experiment in EXPERIMENTS.items():
         if any(r['variant'] in experiment.variants for r in results):
             if report.is_whole(experiment, results):
                 print(report.draw(experiment, results, OUT / f'{name}.png'))
             print(f'{experiment.question}\n\n{report.table(experiment, results, times)}\n')
-    at_sizes = json.loads(resizing_file.read_text()) if resizing_file.exists() else []
-    page.write_text(report.fill_in(page.read_text(), results, times, at_sizes))
+    others = [_read(name) or [] for name in ('resizing', 'replacing')]
+    page.write_text(report.fill_in(page.read_text(), results, times, *others))
+
+
+def _write(name: str, content: Any) -> None:
+    (OUT / f'{name}.json').write_text(json.dumps(content, indent=2) + '\n')
+
+
+def _read(name: str) -> Any:
+    file = OUT / f'{name}.json'
+    return json.loads(file.read_text()) if file.exists() else None
 
 
 if __name__ == '__main__':

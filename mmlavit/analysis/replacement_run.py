@@ -28,7 +28,7 @@ from .replacement import HOWS, MeanAttention, replaceable, replaced
 #: The metrics of our configs, which count where nothing else is asked for.
 MAIN_METRICS = ('accuracy/top1', 'coco/bbox_mAP', 'coco/segm_mAP', 'mIoU')
 
-# Head of a column, and what a model that loses nothing tells.
+# What a model that loses nothing tells stands beside the head of its column.
 _WORDS = {
     'even': ('even maps', 'what tokens attend to does nothing'),
     'identity': ('identity', 'attending to other tokens does nothing'),
@@ -36,6 +36,9 @@ _WORDS = {
     'ar': ('AR off', 'the residual from the stage before (AR) does nothing'),
     'psi_theta': ('Psi, Theta = identity', 'Psi and Theta do nothing'),
 }
+
+#: Heads of columns, by what is replaced.
+COLUMNS = {how: head for how, (head, _) in _WORDS.items()}
 
 
 @dataclass(frozen=True)

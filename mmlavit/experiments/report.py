@@ -10,6 +10,7 @@ from typing import Any
 
 import matplotlib
 
+from ..analysis.replacement_run import COLUMNS
 from .tasks import TASKS
 from .variants import EXPERIMENTS, VARIANTS, Experiment
 
@@ -138,6 +139,30 @@ def resized(rows: list[dict[str, Any]]) -> str:
     return '\n'.join(lines)
 
 
+def replaced(rows: list[dict[str, Any]]) -> str:
+    """The table of classifiers with something simple in the place of their attention.
+
+    Args:
+        rows: As :func:`mmlavit.experiments.replacing.measure` returns them.
+
+    Returns:
+        Markdown: for each variant, and all stages together or one of them, the mean change over the
+        seeds, in points; in brackets the least and the largest.
+    """
+    hows = list(dict.fromkeys(row['how'] for row in rows))
+    lines = [f'| | {" | ".join(COLUMNS[how] for how in hows)} |', '|---' * (len(hows) + 1) + '|']
+    for variant, stage in dict.fromkeys((row['variant'], row['stage']) for row in rows):
+        cells = []
+        for how in hows:
+            wanted = variant, how, stage
+            points = [r['points'] for r in rows if (r['variant'], r['how'], r['stage']) == wanted]
+            ends = f' ({min(points):+.1f} to {max(points):+.1f})' if len(points) > 1 else ''
+            cells.append(f'{statistics.mean(points):+.1f}{ends}' if points else '–')
+        place = 'all stages' if stage is None else f'stage {stage + 1}'
+        lines.append(f'| {VARIANTS[variant].title}, {place} | {" | ".join(cells)} |')
+    return '\n'.join(lines)
+
+
 def _mean(rows: Iterable[list[float]]) -> list[float]:
     """Of each place in some lists."""
     return [statistics.mean(values) for values in zip(*rows, strict=True)]
@@ -238,16 +263,19 @@ def fill_in(
     results: list[dict[str, Any]],
     times: dict[str, float],
     resizing: list[dict[str, Any]],
+    replacing: list[dict[str, Any]],
 ) -> str:
     """Put the tables into a page.
 
     Args:
         page: Markdown with, for each experiment that has a table, a line
             ``<!-- results: NAME -->`` and later a line ``<!-- end of results -->``. The name
-            ``alive`` is for :func:`alive`, ``resizing`` for :func:`resized`.
+            ``alive`` is for :func:`alive`, ``resizing`` for :func:`resized`, ``replacing`` for
+            :func:`replaced`.
         results: As for :func:`table`.
         times: As for :func:`table`.
         resizing: As for :func:`resized`.
+        replacing: As for :func:`replaced`.
 
     Returns:
         The page with the present tables between those lines.
@@ -262,11 +290,13 @@ def fill_in(
             found = alive(results)
         elif name == 'resizing':
             found = resized(resizing)
+        elif name == 'replacing':
+            found = replaced(replacing)
         elif name in EXPERIMENTS:
             found = table(EXPERIMENTS[name], results, times)
         else:
             raise ValueError(
-                f'the page asks for results of {name!r}; there are alive, resizing, '
+                f'the page asks for results of {name!r}; there are alive, resizing, replacing, '
                 f'{", ".join(EXPERIMENTS)}'
             )
         start, end = (mark.format(name) for mark in _MARKS)

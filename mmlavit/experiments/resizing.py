@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 import torch
 from mmengine.registry import DefaultScope
 from mmengine.runner import Runner
 
-from .study import work_dir_of
+from .study import weights_of
 from .tasks import TASKS, build_config
 from .variants import VARIANTS, WINDOWS, register_backbones
 
@@ -33,16 +32,13 @@ def measure(seeds: Iterable[int]) -> list[dict[str, Any]]:
     """
     register_backbones()
     task, variant = TASKS[_TASK], VARIANTS[_VARIANT]
-    rate, found = variant.rate(_TASK), []
+    found = []
     for seed in seeds:
-        work_dir = work_dir_of(_TASK, _VARIANT, seed, rate)
-        weights = work_dir / 'weights.pth'
-        if not weights.is_file():
-            raise FileNotFoundError(
-                f'{weights} is not there; python tools/experiments.py less --tasks photo trains it'
-            )
+        weights = weights_of(_TASK, _VARIANT, seed)
         for windows in SIZES:
-            cfg = build_config(task, variant, seed, rate, Path(work_dir, 'resized'))
+            cfg = build_config(
+                task, variant, seed, variant.rate(_TASK), weights.with_name('resized')
+            )
             cfg.model.backbone.window_sizes = windows
             with DefaultScope.overwrite_default_scope(cfg.default_scope):
                 runner = Runner.from_cfg(cfg)

@@ -145,6 +145,21 @@ def work_dir_of(task: str, variant: str, seed: int, rate: float) -> Path:
     return WORK_DIR / task / f'{variant}-{seed}-{rate:g}'
 
 
+def weights_of(task: str, variant: str, seed: int) -> Path:
+    """The weights that a training at the variant's own learning rate has left.
+
+    Raises:
+        FileNotFoundError: If it has not been run here.
+    """
+    weights = work_dir_of(task, variant, seed, VARIANTS[variant].rate(task)) / 'weights.pth'
+    if not weights.is_file():
+        raise FileNotFoundError(
+            f'{weights} is not there: weights are not kept with the results. Without its line in '
+            'results.jsonl, tools/experiments.py trains it again'
+        )
+    return weights
+
+
 def _import_toolboxes() -> None:
     register_backbones()
     import mmpretrain.models  # noqa: F401
