@@ -17,6 +17,8 @@ README = ROOT / 'README.md'
 
 # Tools that work on the repository around them: its installer, its demos, what its documents show.
 REPOSITORY_TOOLS = (
+    'repository',
+    'benchmark.py',
     'setup_env.py',
     'demo.py',
     'pretraining_curves.py',

@@ -3,8 +3,8 @@
 Pages are the Markdown files of this folder, README.md and configs/README.md (the start page and the
 page of configs), and one page of the docstrings of each public module. Links in Markdown are
 written as GitHub wants them, relative to the file. Here those to README.md and configs/README.md
-are led to their pages, and those to modules to the modules' pages: `../mmlavit/windows.py` to the
-whole, `../mmlavit/windows.py#WindowGrid` to one class or function.
+are led to their pages, and those to modules to the modules' pages: `../mmlavit/models/windows.py`
+to the whole, `../mmlavit/models/windows.py#WindowGrid` to one class or function.
 """
 
 import ast

@@ -1,13 +1,7 @@
 """mmlavit: the Less-Attention Vision Transformer (LaViT) as a backbone for OpenMMLab.
 
-Importing this package registers :class:`~mmlavit.backbone.LaViT`,
-:class:`~mmlavit.diagonality.DiagonalityLossHook`,
-:class:`~mmlavit.attention_health.AttentionHealthHook`,
-:class:`~mmlavit.analysis.hook.AttentionVisualizationHook`,
-:class:`~mmlavit.safe_checkpoint.SafeCheckpointHook`, :class:`~mmlavit.step_seed.StepSeedHook` and,
-where MMEngine has FSDP, :class:`~mmlavit.fsdp.ResumableFSDPStrategy` and
-:func:`~mmlavit.fsdp.wrap_lavit_blocks` in MMEngine, and lets configs inherit from ``mmlavit::...``
-(and, where MMEngine knows mmseg by another name, from ``mmseg::...``).
+Importing this package registers what :data:`__all__` names in MMEngine, and lets configs inherit
+from ``mmlavit::...`` (and, where MMEngine knows mmseg by another name, from ``mmseg::...``).
 """
 
 from .compat import repair_config_bases, require_mmengine, serve_config_bases
@@ -16,13 +10,13 @@ require_mmengine()
 
 import mmengine._strategy  # noqa: E402
 
-from .analysis.hook import AttentionVisualizationHook  # noqa: E402
-from .arch import ARCHS  # noqa: E402
-from .attention_health import AttentionHealthHook  # noqa: E402
-from .backbone import LaViT  # noqa: E402
-from .diagonality import DiagonalityLossHook, diagonality_preserving_loss  # noqa: E402
-from .safe_checkpoint import SafeCheckpointHook  # noqa: E402
-from .step_seed import StepSeedHook  # noqa: E402
+from .engine.hooks.attention_health import AttentionHealthHook  # noqa: E402
+from .engine.hooks.attention_visualization import AttentionVisualizationHook  # noqa: E402
+from .engine.hooks.diagonality import DiagonalityLossHook, diagonality_preserving_loss  # noqa: E402
+from .engine.hooks.safe_checkpoint import SafeCheckpointHook  # noqa: E402
+from .engine.hooks.step_seed import StepSeedHook  # noqa: E402
+from .models.arch import ARCHS  # noqa: E402
+from .models.lavit import LaViT  # noqa: E402
 
 repair_config_bases()
 serve_config_bases()
@@ -41,6 +35,6 @@ __all__ = [
 
 if hasattr(mmengine._strategy, 'FSDPStrategy'):
     # MMEngine leaves it out where importing FSDP fails.
-    from .fsdp import ResumableFSDPStrategy, wrap_lavit_blocks
+    from .engine.fsdp import ResumableFSDPStrategy, wrap_lavit_blocks
 
     __all__ += ['ResumableFSDPStrategy', 'wrap_lavit_blocks']

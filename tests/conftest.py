@@ -12,6 +12,8 @@ from mmlavit.compat import repair_torchvision
 repair_torchvision()
 
 ROOT = Path(__file__).resolve().parents[1]
+# What works on this repository alone is imported as its scripts do it.
+sys.path.insert(0, str(ROOT / 'tools'))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -15,11 +15,11 @@ import torch
 from small import STD, STEEP, images, seeded, sharpen, small_lavit, spread
 from torch import Tensor, nn
 
-import mmlavit.attention
-from mmlavit import fused_attention
-from mmlavit.attention import LessAttention, zero_padded_pairs
-from mmlavit.fused_attention import can_fuse, fused_less_attention
-from mmlavit.windows import WindowGrid
+import mmlavit.models.attention
+from mmlavit.models.attention import LessAttention, zero_padded_pairs
+from mmlavit.models.windows import WindowGrid
+from mmlavit.ops import fused_attention
+from mmlavit.ops.fused_attention import can_fuse, fused_less_attention
 
 INTERPRETED = os.environ.get('TRITON_INTERPRET') == '1'
 DEVICE = 'cpu' if INTERPRETED else 'cuda'
@@ -63,7 +63,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         counted.append(scores.shape[0] * scores.shape[1])
         return fused_less_attention(v, scores, *rest)
 
-    monkeypatch.setattr(mmlavit.attention, 'fused_less_attention', counting)
+    monkeypatch.setattr(mmlavit.models.attention, 'fused_less_attention', counting)
     return counted
 
 

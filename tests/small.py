@@ -9,9 +9,9 @@ from torch import Tensor
 
 from mmlavit import LaViT
 from mmlavit.analysis.record import LayerAttention, recording
-from mmlavit.attention import LessAttention
-from mmlavit.block import Block
-from mmlavit.windows import WindowGrid
+from mmlavit.models.attention import LessAttention
+from mmlavit.models.block import Block
+from mmlavit.models.windows import WindowGrid
 
 ARCH = dict(
     embed_dims=(16, 32, 48, 64),

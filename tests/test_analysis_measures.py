@@ -16,7 +16,7 @@ from mmlavit.analysis.measures import (
     symmetry,
 )
 from mmlavit.analysis.pairs import ShiftedWindowGrid, shared_cells, tokens_in, visible_pairs
-from mmlavit.windows import WindowGrid
+from mmlavit.models.windows import WindowGrid
 
 ONE_MAP = [diagonality, symmetry, entropy]
 

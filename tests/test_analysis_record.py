@@ -6,8 +6,9 @@ import torch
 from small import ARCH, images, sharpen, small_lavit
 from torch import Tensor, nn
 
-from mmlavit import LaViT, backbone
+from mmlavit import LaViT
 from mmlavit.analysis.record import recording
+from mmlavit.models import lavit as backbone
 
 WINDOWS = (4, 4, 4, 2)
 NUM_LAYERS = sum(ARCH['depths'])

@@ -23,10 +23,12 @@ from mmengine.structures import InstanceData
 from small import ARCH, images, seeded, small_lavit
 from torch import Tensor, nn
 
-from mmlavit import LaViT, attention, backbone
+from mmlavit import LaViT
 from mmlavit.analysis.record import recording
 from mmlavit.analysis.replacement import HOWS, MAPS, MeanAttention, replaceable, replaced
 from mmlavit.analysis.replacement_run import Change, Measured, draw_table, judge, measure
+from mmlavit.models import attention
+from mmlavit.models import lavit as backbone
 
 WINDOWS = (4, 4, 4, 2)
 STAGE_OF = [m for m in range(4) for _ in range(ARCH['depths'][m])]

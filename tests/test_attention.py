@@ -6,10 +6,10 @@ import torch
 from small import images, seeded, spread
 from torch import Tensor, nn
 
-from mmlavit.attention import LessAttention, VanillaAttention, two_sided_linear
-from mmlavit.attention_residual import AttentionResidual
-from mmlavit.block import Block
-from mmlavit.windows import WindowGrid
+from mmlavit.models.attention import LessAttention, VanillaAttention, two_sided_linear
+from mmlavit.models.attention_residual import AttentionResidual
+from mmlavit.models.block import Block
+from mmlavit.models.windows import WindowGrid
 
 DIMS, HEADS = 12, 3
 IDENTITY = nn.Identity()

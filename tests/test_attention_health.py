@@ -27,10 +27,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from mmlavit import AttentionHealthHook, LaViT
-from mmlavit.attention import VanillaAttention, WindowAttention, zero_padded_pairs
-from mmlavit.attention_health import figures
 from mmlavit.compat import leave_process_group, repair_torchvision
-from mmlavit.windows import WindowGrid
+from mmlavit.engine.hooks.attention_health import figures
+from mmlavit.models.attention import VanillaAttention, WindowAttention, zero_padded_pairs
+from mmlavit.models.windows import WindowGrid
 
 ARCH = dict(
     embed_dims=(16, 16, 16, 16),

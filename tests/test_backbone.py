@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from mmlavit import ARCHS, LaViT
-from mmlavit import windows as windows_module
-from mmlavit.attention import LessAttention
-from mmlavit.block import DropPath
-from mmlavit.windows import WindowGrid
+from mmlavit.models import windows as windows_module
+from mmlavit.models.attention import LessAttention
+from mmlavit.models.block import DropPath
+from mmlavit.models.windows import WindowGrid
 
 STRIDES = (4, 8, 16, 32)
 STEM, OVERLAP = dict(conv_stem=True), dict(overlap_downsample=True)

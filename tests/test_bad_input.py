@@ -36,10 +36,10 @@ from small import ARCH, images, small_lavit
 from torch import Tensor, nn
 
 from mmlavit import DiagonalityLossHook, LaViT, diagonality_preserving_loss
-from mmlavit.benchmark.workload import Settings, Task
-from mmlavit.checkpoint import resize_window_weight
-from mmlavit.checkpoint_file import CheckpointError, load_from_file, read_checkpoint
-from mmlavit.shapes import ShapesRecipe, make_shapes
+from mmlavit.datasets.shapes import ShapesRecipe, make_shapes
+from mmlavit.engine.checkpoint_file import CheckpointError, load_from_file, read_checkpoint
+from mmlavit.models.state_dict import resize_window_weight
+from repository.benchmark.workload import Settings, Task
 
 RETINANET = ROOT / 'configs' / 'retinanet_lavit_n_shapes.py'
 UPERNET = ROOT / 'configs' / 'upernet_lavit_n_shapes.py'

@@ -12,9 +12,9 @@ import torch
 from mmengine.analysis import get_model_complexity_info
 from torch import nn
 
-from mmlavit.arch import Arch
-from mmlavit.benchmark import memory, models, report, suites, timing
-from mmlavit.benchmark.workload import BackboneWorkload, Settings, Task
+from mmlavit.models.arch import Arch
+from repository.benchmark import memory, models, report, suites, timing
+from repository.benchmark.workload import BackboneWorkload, Settings, Task
 
 REPOSITORY = Path(__file__).parents[1]
 SMALL = [Task('inference', (1, 3, 64, 96)), Task('training', (2, 3, 64, 64))]

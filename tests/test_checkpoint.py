@@ -19,7 +19,7 @@ from small import ARCH, images, seeded, sharpen, small_lavit, spreads
 from torch import Tensor, nn
 
 from mmlavit import ARCHS, LaViT
-from mmlavit.checkpoint import resize_window_weight
+from mmlavit.models.state_dict import resize_window_weight
 
 OTHER_WINDOWS = (4, 4, 4, 4)
 

@@ -23,8 +23,8 @@ from mmengine.structures import PixelData
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from mmlavit.attention import LessAttention
-from mmlavit.block import DropPath
+from mmlavit.models.attention import LessAttention
+from mmlavit.models.block import DropPath
 
 CONFIGS = Path(__file__).resolve().parents[1] / 'configs'
 FILES = sorted(CONFIGS.glob('*.py'))

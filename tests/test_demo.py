@@ -13,7 +13,7 @@ import cv2
 import pytest
 from mmengine.config import Config
 
-from mmlavit import demo
+from repository import demo
 
 REPOSITORY = Path(__file__).parents[1]
 

@@ -14,8 +14,8 @@ from mmpretrain.structures import DataSample
 from pycocotools import mask as rle
 from pycocotools.coco import COCO
 
-from mmlavit import demo_pictures
-from mmlavit.shapes import CLASSES, ShapesRecipe, make_shapes
+from mmlavit.datasets.shapes import CLASSES, ShapesRecipe, make_shapes
+from repository import demo_pictures
 
 SIDE = 96 * demo_pictures.SCALE
 FRAME = 6

@@ -34,8 +34,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from mmlavit import DiagonalityLossHook, diagonality_preserving_loss
-from mmlavit.attention import LessAttention
 from mmlavit.compat import leave_process_group, repair_torchvision
+from mmlavit.models.attention import LessAttention
 
 # Less-attention layers per stage: 1, 2, 1, 1.
 ARCH = {**SMALL, 'depths': (2, 3, 2, 2), 'vanilla_depths': (1, 1, 1, 1)}

@@ -20,7 +20,7 @@ from matplotlib.testing.compare import compare_images
 from torch.utils.flop_counter import FlopCounterMode
 
 from mmlavit import LaViT
-from mmlavit.windows import WindowGrid
+from mmlavit.models.windows import WindowGrid
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / 'docs'
@@ -216,11 +216,11 @@ def test_everything_the_site_refers_to_is_in_it(site: Path) -> None:
     pages = {file: Page(file.read_text(encoding='utf-8')) for file in site.rglob('*.html')}
     assert sum(len(page.links) for page in pages.values()) > 1000
     assert broken_references(site, pages) == []
-    name = 'mmlavit.windows.WindowGrid.nest'
-    pages[site / 'api' / 'mmlavit.windows.html'].ids.remove(name)
+    name = 'mmlavit.models.windows.WindowGrid.nest'
+    pages[site / 'api' / 'mmlavit.models.windows.html'].ids.remove(name)
     pages[site / 'index.html'].links += ['gone.html', 'https://cdn.example/script.js']
     found = broken_references(site, pages)
-    assert f'architecture.html: api/mmlavit.windows.html#{name}' in found
+    assert f'architecture.html: api/mmlavit.models.windows.html#{name}' in found
     assert {'index.html: gone.html', 'index.html: https://cdn.example/script.js'} <= set(found)
 
 

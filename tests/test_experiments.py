@@ -15,13 +15,13 @@ from mmengine.registry import MODELS
 from small import ARCH, move_weights, seeded
 
 from mmlavit import AttentionHealthHook, LaViT
-from mmlavit.attention import LessAttention
-from mmlavit.experiments import photographs, replacing, report, resizing, study, tasks, training
-from mmlavit.experiments.ablations import AblatedLaViT, GrowingDiagonalityLossHook
-from mmlavit.experiments.matching import MatchingRecipe
-from mmlavit.experiments.study import Training
-from mmlavit.experiments.tasks import TASKS
-from mmlavit.experiments.variants import (
+from mmlavit.models.attention import LessAttention
+from repository.experiments import photographs, replacing, report, resizing, study, tasks, training
+from repository.experiments.ablations import AblatedLaViT, GrowingDiagonalityLossHook
+from repository.experiments.matching import MatchingRecipe
+from repository.experiments.study import Training
+from repository.experiments.tasks import TASKS
+from repository.experiments.variants import (
     EXPERIMENTS,
     VARIANTS,
     Experiment,

@@ -13,7 +13,7 @@ from helpers import ROOT, assert_ran, run_tool, the_one_line
 from small import ARCH, images, seeded, sharpen, small_lavit
 from torch import Tensor, nn
 
-from mmlavit.windows import WindowGrid
+from mmlavit.models.windows import WindowGrid
 
 # The least that has both attentions and the stair between stages.
 TWO_STAGES = dict(
@@ -58,7 +58,7 @@ def assert_close(found: object, expected: object, tol: float) -> None:
 
 @needs_exporter
 def test_file_is_for_all_sizes_and_replaced_only_by_force(tmp_path: Path) -> None:
-    from mmlavit.export import export_onnx
+    from mmlavit.export.onnx import export_onnx
 
     model, file = Tiny().train(), tmp_path / 'tiny.onnx'
     differences = export_onnx(model, file, (20, 30))
@@ -80,7 +80,7 @@ def test_file_is_for_all_sizes_and_replaced_only_by_force(tmp_path: Path) -> Non
 
 @needs_exporter
 def test_wrong_file_is_not_kept(tmp_path: Path) -> None:
-    from mmlavit.export import ExportError, export_onnx
+    from mmlavit.export.onnx import ExportError, export_onnx
 
     file = tmp_path / 'wrong.onnx'
     file.write_text('precious')
@@ -101,7 +101,7 @@ class OneSize(Tiny):
 
 @needs_exporter
 def test_what_cannot_be_exported_says_so_in_one_line(tmp_path: Path) -> None:
-    from mmlavit.export import ExportError, export_onnx
+    from mmlavit.export.onnx import ExportError, export_onnx
 
     with pytest.raises(ExportError, match='cannot export OneSize for images of any size') as error:
         export_onnx(OneSize(), tmp_path / 'a.onnx', (20, 30))
@@ -122,14 +122,14 @@ def test_what_cannot_be_exported_says_so_in_one_line(tmp_path: Path) -> None:
 def test_bad_arguments(
     tmp_path: Path, name: str, options: dict, kind: type[Exception], message: str
 ) -> None:
-    from mmlavit.export import export_onnx
+    from mmlavit.export.onnx import export_onnx
 
     with pytest.raises(kind, match=message):
         export_onnx(Tiny(), tmp_path / name, **options)
 
 
 def test_without_the_packages(monkeypatch: pytest.MonkeyPatch) -> None:
-    from mmlavit import export
+    from mmlavit.export import onnx as export
 
     monkeypatch.setattr(torch.export.Dim, 'DYNAMIC', None, raising=False)
     monkeypatch.setattr(export, 'PACKAGES', ('torch', 'no_such_package'))
@@ -138,7 +138,7 @@ def test_without_the_packages(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_on_a_torch_without_the_exporter(monkeypatch: pytest.MonkeyPatch) -> None:
-    from mmlavit import export
+    from mmlavit.export import onnx as export
 
     monkeypatch.delattr(torch.export.Dim, 'DYNAMIC', raising=False)
     with pytest.raises(export.ExportError, match='it needs at least torch 2.6'):
@@ -201,7 +201,7 @@ def test_torch_export_of_many_sizes(tmp_path: Path) -> None:
 @pytest.mark.slow
 @needs_exporter
 def test_a_stem_and_overlapping_patches_at_other_sizes(tmp_path: Path) -> None:
-    from mmlavit.export import export_onnx
+    from mmlavit.export.onnx import export_onnx
 
     model = small_lavit(**TWO_STAGES, **OPTIONS, window_sizes=(4, 4, 4, 4))
     model = sharpen(model, images(2, 3, 70, 100)).float()

@@ -12,11 +12,12 @@ import pytest
 import torch
 from small import images, small_lavit
 
-import mmlavit.attention
-from mmlavit import LaViT, fused_attention
-from mmlavit.attention import LessAttention
-from mmlavit.fused_attention import can_fuse
-from mmlavit.windows import WindowGrid
+import mmlavit.models.attention
+from mmlavit import LaViT
+from mmlavit.models.attention import LessAttention
+from mmlavit.models.windows import WindowGrid
+from mmlavit.ops import fused_attention
+from mmlavit.ops.fused_attention import can_fuse
 
 CASES = Path(__file__).with_name('fused_attention_cases.py')
 # Not by importing it, which would be for the whole session.
@@ -62,7 +63,7 @@ def test_a_cpu_never_loads_the_kernels():
         'import sys, torch, mmlavit\n'
         'with torch.no_grad():\n'
         '    mmlavit.LaViT("nano").eval()(torch.zeros(1, 3, 32, 32))\n'
-        'assert "mmlavit.fused_kernels" not in sys.modules\n'
+        'assert "mmlavit.ops.fused_kernels" not in sys.modules\n'
     )
     ran = python('-W', 'ignore', '-c', code)
     assert ran.returncode == 0, ran.stderr
@@ -103,7 +104,7 @@ def test_switched_off_nothing_is_asked(monkeypatch):
     def asked(*_: object) -> bool:
         raise RuntimeError('asked')
 
-    monkeypatch.setattr(mmlavit.attention, 'can_fuse', asked)
+    monkeypatch.setattr(mmlavit.models.attention, 'can_fuse', asked)
     small_lavit(fused_attention=False)(images(1, 3, 32, 32))
     with pytest.raises(RuntimeError, match='asked'):
         small_lavit()(images(1, 3, 32, 32))

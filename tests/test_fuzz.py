@@ -20,9 +20,11 @@ from hypothesis import strategies as st
 from small import STD, STEEP, allowed, largest, largest_difference, move_weights, sharpen
 from torch import Tensor
 
-from mmlavit import LaViT, attention, attention_residual, backbone, mlp
-from mmlavit.block import ConvStem, PatchEmbed
-from mmlavit.windows import Slab, WindowGrid
+from mmlavit import LaViT
+from mmlavit.models import attention, attention_residual, mlp
+from mmlavit.models import lavit as backbone
+from mmlavit.models.block import ConvStem, PatchEmbed
+from mmlavit.models.windows import Slab, WindowGrid
 
 STAGES = 4
 

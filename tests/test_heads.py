@@ -21,7 +21,7 @@ from mmengine.structures import PixelData
 from mmseg.structures import SegDataSample
 from small import seeded
 
-from mmlavit.attention import LessAttention
+from mmlavit.models.attention import LessAttention
 
 SIZES = [(66, 97), (70, 50)]  # whole numbers neither of the strides nor of the windows
 CLASSES = 3

@@ -33,7 +33,7 @@ from mmseg.apis import MMSegInferencer
 from torch import Tensor
 
 from mmlavit import LaViT
-from mmlavit.shapes import CLASSES, ShapesRecipe, make_shapes
+from mmlavit.datasets.shapes import CLASSES, ShapesRecipe, make_shapes
 
 CONFIGS = Path(__file__).resolve().parents[1] / 'configs'
 INFERENCERS = {

@@ -26,7 +26,7 @@ from helpers import (
     the_one_line,
 )
 
-from mmlavit import launch
+from mmlavit.engine import launch
 
 SCOPES = {
     'mmdet': ('onedl-mmdetection', 'mmdet'),

@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from mmlavit import LaViT
-from mmlavit.linear import Linear, linear, prefers_onednn
+from mmlavit.ops.linear import Linear, linear, prefers_onednn
 
 SHAPES = [(1, 5), (7, 3), (2, 3, 4, 6), (1, 1, 1, 9), (2, 24, 24, 32), (5, 2, 16, 16)]
 
@@ -82,7 +82,7 @@ def test_the_fast_route_is_taken_where_it_can_be(monkeypatch):
     assert prefers_onednn(x) == torch.backends.mkldnn.is_available()
     with torch.autocast('cpu', dtype=torch.bfloat16):
         assert not prefers_onednn(x)
-    monkeypatch.setattr('mmlavit.linear._onednn_linear', None)
+    monkeypatch.setattr('mmlavit.ops.linear._onednn_linear', None)
     assert not prefers_onednn(x)
 
 
@@ -91,7 +91,7 @@ def test_the_fast_route_is_taken_where_it_can_be(monkeypatch):
 def test_onednn_can_be_switched_off(grad, monkeypatch):
     """By PyTorch's own switch, which PyTorch itself honours in its convolutions."""
     # As on an AMD processor with several threads, where gradients go to oneDNN too.
-    monkeypatch.setattr('mmlavit.linear._mkl_is_slow', lambda: True)
+    monkeypatch.setattr('mmlavit.ops.linear._mkl_is_slow', lambda: True)
     monkeypatch.setattr(torch, 'get_num_threads', lambda: 2)
     detours = {'mkldnn._linear_pointwise.default'}
     if grad:

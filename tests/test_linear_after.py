@@ -7,8 +7,8 @@ from small import seeded
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-import mmlavit.linear
-from mmlavit.linear import Linear, linear, linear_after, linear_after_norm, linear_backward
+import mmlavit.ops.linear
+from mmlavit.ops.linear import Linear, linear, linear_after, linear_after_norm, linear_backward
 
 
 def norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -26,7 +26,7 @@ def inputs(count: int, dtype: torch.dtype = torch.float32, biased: bool = True) 
 
 
 def choose_route(monkeypatch: pytest.MonkeyPatch, slow_mkl: bool) -> None:
-    monkeypatch.setattr(mmlavit.linear, '_mkl_is_slow', lambda: slow_mkl)
+    monkeypatch.setattr(mmlavit.ops.linear, '_mkl_is_slow', lambda: slow_mkl)
     monkeypatch.setattr(torch, 'get_num_threads', lambda: 2)
 
 
@@ -104,7 +104,7 @@ def test_under_checkpointing():
 
 
 def test_autocast_takes_the_plain_way(monkeypatch):
-    monkeypatch.setattr(mmlavit.linear, '_LinearAfter', None)
+    monkeypatch.setattr(mmlavit.ops.linear, '_LinearAfter', None)
     with torch.autocast('cpu', dtype=torch.bfloat16):
         out = linear_after(F.gelu, *inputs(0))
     assert out.dtype == torch.bfloat16

@@ -6,8 +6,8 @@ import cv2
 import numpy as np
 import pytest
 
-from mmlavit.experiments import matching
-from mmlavit.experiments.matching import (
+from repository.experiments import matching
+from repository.experiments.matching import (
     CLASSES,
     COLOURS,
     DISTANCE,

@@ -21,12 +21,12 @@ from small import (
 )
 from torch import Tensor, nn
 
-import mmlavit.attention
-import mmlavit.attention_residual
+import mmlavit.models.attention
+import mmlavit.models.attention_residual
 from mmlavit import DiagonalityLossHook, LaViT
-from mmlavit.attention import WindowAttention, scaled_product, two_sided_linear
-from mmlavit.attention_residual import halve_pairs
-from mmlavit.saturate import saturate
+from mmlavit.models.attention import WindowAttention, scaled_product, two_sided_linear
+from mmlavit.models.attention_residual import halve_pairs
+from mmlavit.ops.saturate import saturate
 
 LARGEST = 65504.0
 DEVICES = [
@@ -196,7 +196,7 @@ def test_float16_without_autocast(training):
 
 @pytest.mark.parametrize('training', [True, False])
 def test_without_saturation_the_maps_would_be_lost(training, monkeypatch):
-    for module in (mmlavit.attention, mmlavit.attention_residual):
+    for module in (mmlavit.models.attention, mmlavit.models.attention_residual):
         monkeypatch.setattr(module, 'saturate', lambda scores: scores)
     model = steep_lavit().train(training)
     with torch.set_grad_enabled(training):

@@ -7,8 +7,8 @@ from small import seeded
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-import mmlavit.mlp
-from mmlavit.mlp import MLP
+import mmlavit.models.mlp
+from mmlavit.models.mlp import MLP
 
 DIMS, HIDDEN, SHAPE = 6, 12, (2, 5, 3, 6)
 
@@ -35,7 +35,7 @@ def tensors_of(mlp: MLP, norm: nn.Module, x: Tensor) -> dict[str, Tensor]:
 
 @pytest.fixture(params=[1, 4 * HIDDEN, 2**21], ids=['1 token', '4 tokens', 'whole'])
 def chunk_size(request, monkeypatch):
-    monkeypatch.setattr(mmlavit.mlp, 'CHUNK_SIZE', request.param)
+    monkeypatch.setattr(mmlavit.models.mlp, 'CHUNK_SIZE', request.param)
 
 
 @pytest.mark.parametrize('dtype', [torch.float64, torch.float32])
@@ -92,7 +92,7 @@ def test_under_checkpointing():
 
 
 def test_autocast_takes_the_plain_way(monkeypatch):
-    monkeypatch.setattr(mmlavit.mlp, '_MLP', None)
+    monkeypatch.setattr(mmlavit.models.mlp, '_MLP', None)
     mlp, norm, x = parts(torch.float32)
     with torch.autocast('cpu', dtype=torch.bfloat16):
         out = mlp(x, norm)

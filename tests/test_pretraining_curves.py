@@ -6,8 +6,8 @@ from pathlib import Path
 import cv2
 import pytest
 
-from mmlavit import pretraining_curves
-from mmlavit.demo import DEMOS
+from repository import pretraining_curves
+from repository.demo import DEMOS
 
 
 @pytest.fixture

@@ -20,15 +20,15 @@ import torch
 from helpers import ROOT, the_one_line
 
 from mmlavit import LaViT
-from mmlavit.safe_checkpoint import (
+from mmlavit.datasets.shapes import ShapesRecipe, make_shapes
+from mmlavit.engine.hooks.safe_checkpoint import (
     CheckpointError,
     SafeCheckpointHook,
     SafeLocalBackend,
     damage,
     require_whole,
 )
-from mmlavit.shapes import ShapesRecipe, make_shapes
-from mmlavit.step_seed import NumberedBatches, seed_process
+from mmlavit.engine.hooks.step_seed import NumberedBatches, seed_process
 
 # Random crops, flips, dropout and dropped paths, an average of the weights: all that a resumed
 # training could lose. Three batches an epoch, twelve in all.

@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 from pycocotools.coco import COCO
 
-from mmlavit import shapes
-from mmlavit.shapes import CLASSES, ShapesRecipe, draw_image, make_shapes, read_manifest
+from mmlavit.datasets import shapes
+from mmlavit.datasets.shapes import CLASSES, ShapesRecipe, draw_image, make_shapes, read_manifest
 
 RECIPE = ShapesRecipe(num_train=8, num_val=3, size=64, seed=7)
 TOOL = Path(__file__).parents[1] / 'tools' / 'make_shapes.py'
@@ -397,7 +397,10 @@ class TestOverwriting:
             ('dataset.json', 'not json'),
             ('dataset.json', '[]'),
             ('dataset.json', '{"recipe": {}, "complete": true}'),
-            ('dataset.json', '{"generator": {"name": "mmlavit.shapes"}, "recipe": {"a": 1}}'),
+            (
+                'dataset.json',
+                '{"generator": {"name": "mmlavit.shapes"}, "recipe": {"a": 1}}',
+            ),
             ('dataset.json', '{"generator": {"name": "other"}, "recipe": {}, "complete": true}'),
         ],
     )

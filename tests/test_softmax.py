@@ -8,8 +8,8 @@ from small import seeded
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-import mmlavit.softmax
-from mmlavit.softmax import softmax_product
+import mmlavit.ops.softmax
+from mmlavit.ops.softmax import softmax_product
 
 WINDOWS, IMAGES, HEADS, N, D = 2, 3, 2, 5, 4
 
@@ -87,7 +87,7 @@ def test_under_checkpointing():
 
 
 def test_autocast_takes_the_plain_way(monkeypatch):
-    monkeypatch.setattr(mmlavit.softmax, '_SoftmaxProduct', None)
+    monkeypatch.setattr(mmlavit.ops.softmax, '_SoftmaxProduct', None)
     tensors = inputs(torch.float32)
     with torch.autocast('cpu', dtype=torch.bfloat16):
         out = softmax_product(*tensors)

@@ -24,8 +24,8 @@ from small import ARCH, images, seeded, small_lavit
 from torch import Tensor
 
 from mmlavit import LaViT
-from mmlavit.checkpoint import resize_window_weight
-from mmlavit.shapes import ShapesRecipe, make_shapes
+from mmlavit.datasets.shapes import ShapesRecipe, make_shapes
+from mmlavit.models.state_dict import resize_window_weight
 
 CONFIGS = Path(__file__).resolve().parents[1] / 'configs'
 CLASSIFIERS = {file.stem.split('_')[1]: file for file in CONFIGS.glob('lavit_*.py')}

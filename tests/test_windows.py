@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mmlavit.windows import WindowGrid, ceil_div, nesting_ratio, pad_map
+from mmlavit.models.windows import WindowGrid, ceil_div, nesting_ratio, pad_map
 
 GRIDS = [(8, 8, 8), (5, 7, 4), (1, 1, 8), (9, 16, 8), (14, 3, 7)]
 

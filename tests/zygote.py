@@ -1,9 +1,9 @@
 """Runs tools/train.py again and again without importing the toolboxes again.
 
 Imports once, then reads a line of JSON for each run from stdin (``argv``, ``cwd``, ``log``), forks
-a process that runs mmlavit.launch.main with these arguments in a group of its own, and says its
-process id on a line and, when it has ended, its exit status on another. With a ``file_limit``, in
-bytes, no file can grow beyond it.
+a process that runs mmlavit.engine.launch.main with these arguments in a group of its own, and says
+its process id on a line and, when it has ended, its exit status on another. With a ``file_limit``,
+in bytes, no file can grow beyond it.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from pathlib import Path
 
 import torch
 
-from mmlavit import launch
 from mmlavit.compat import repair_torchvision
+from mmlavit.engine import launch
 
 
 def spare_what_takes_longer_than_training() -> None:

@@ -19,9 +19,9 @@ from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle
 from torch import Tensor, nn
 
 from mmlavit import LaViT
-from mmlavit.attention import LessAttention, VanillaAttention, zero_padded_pairs
-from mmlavit.attention_residual import AttentionResidual
-from mmlavit.windows import WindowGrid, ceil_div, nesting_ratio
+from mmlavit.models.attention import LessAttention, VanillaAttention, zero_padded_pairs
+from mmlavit.models.attention_residual import AttentionResidual
+from mmlavit.models.windows import WindowGrid, ceil_div, nesting_ratio
 
 matplotlib.use('Agg')
 

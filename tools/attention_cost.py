@@ -8,8 +8,8 @@ from __future__ import annotations
 import argparse
 from dataclasses import dataclass
 
-from mmlavit.arch import ARCHS, NUM_STAGES
-from mmlavit.windows import WindowGrid, ceil_div
+from mmlavit.models.arch import ARCHS, NUM_STAGES
+from mmlavit.models.windows import WindowGrid, ceil_div
 
 WINDOW = 8
 IMAGES = {'224': (224, 224), '800 x 1280': (800, 1280)}

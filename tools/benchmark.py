@@ -9,8 +9,8 @@ from pathlib import Path
 
 import torch
 
-from mmlavit.benchmark import models, report, suites, timing
-from mmlavit.benchmark.workload import AMP, Settings, Task
+from repository.benchmark import models, report, suites, timing
+from repository.benchmark.workload import AMP, Settings, Task
 
 SUITES = ('backbones', 'attention', 'detectors')
 INFERENCE = ('4x224x224', '1x512x512', '1x800x1280', '1x1600x2560')

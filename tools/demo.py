@@ -4,7 +4,7 @@ import argparse
 import subprocess
 import sys
 
-from mmlavit.demo import DEMOS, run
+from repository.demo import DEMOS, run
 
 if __name__ == '__main__':
     parser = argparse.ArgumentParser(description=__doc__)

@@ -15,11 +15,11 @@ from typing import Any
 os.environ.setdefault('OMP_NUM_THREADS', '1')
 os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')
 
-from mmlavit.experiments import replacing, report, resizing, study
-from mmlavit.experiments.cost import step_ratios
-from mmlavit.experiments.photographs import VARIABLE, archive
-from mmlavit.experiments.tasks import TASKS
-from mmlavit.experiments.variants import EXPERIMENTS
+from repository.experiments import replacing, report, resizing, study
+from repository.experiments.cost import step_ratios
+from repository.experiments.photographs import VARIABLE, archive
+from repository.experiments.tasks import TASKS
+from repository.experiments.variants import EXPERIMENTS
 
 OUT = Path('docs/experiments')
 

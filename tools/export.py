@@ -42,14 +42,14 @@ def main() -> None:
     repair_torchvision()
     from mmengine.logging import MMLogger
 
-    from mmlavit.export import (
+    from mmlavit.engine.launch import LaunchError
+    from mmlavit.export.onnx import (
         ExportError,
         build_model,
         check_free,
         export_onnx,
         require_exporter,
     )
-    from mmlavit.launch import LaunchError
 
     # Hundreds of lines say how each weight was initialized.
     MMLogger.get_instance('mmengine', log_level='WARNING')

@@ -1,4 +1,4 @@
-"""Writes the made-up shapes data set as COCO, ADE20K and ImageNet; see ``mmlavit.shapes``."""
+"""Writes the made-up shapes data set as COCO, ADE20K and ImageNet: ``mmlavit.datasets.shapes``."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from mmlavit.shapes import ShapesRecipe, make_shapes, read_manifest
+from mmlavit.datasets.shapes import ShapesRecipe, make_shapes, read_manifest
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from mmlavit.pretraining_curves import compare
+from repository.pretraining_curves import compare
 
 if __name__ == '__main__':
     parser = argparse.ArgumentParser(description=__doc__)

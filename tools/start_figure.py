@@ -13,7 +13,7 @@ import torch
 from mmengine.registry import MODELS
 from torch import Tensor, nn
 
-from mmlavit.experiments.variants import register_backbones
+from repository.experiments.variants import register_backbones
 
 OUT = Path('docs/start.png')
 SEEDS = 3

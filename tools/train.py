@@ -3,7 +3,7 @@
 All options are that script's own; see --help.
 """
 
-from mmlavit.launch import main
+from mmlavit.engine.launch import main
 
 if __name__ == '__main__':
     main('train.py')

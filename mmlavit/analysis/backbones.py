@@ -12,10 +12,10 @@ from mmengine.registry import MODELS, init_default_scope
 from mmengine.runner import Runner
 from torch import Tensor, nn
 
-from ..checkpoint import strip_prefix
-from ..checkpoint_file import read_weights
-from ..data_checks import refuse_empty_data
-from ..launch import read_scope, require_package
+from ..engine.checkpoint_file import read_weights
+from ..engine.data_checks import refuse_empty_data
+from ..engine.launch import read_scope, require_package
+from ..models.state_dict import strip_prefix
 from .loading import AnalysisError, one_line
 
 # mmpretrain's models add the type themselves.
@@ -34,7 +34,8 @@ def read_config(name: str) -> tuple[Config, str]:
 
     Raises:
         AnalysisError: If a package has no such config.
-        mmlavit.launch.LaunchError: If the file is missing or unreadable, or of another scope.
+        mmlavit.engine.launch.LaunchError: If the file is missing or unreadable, or of another
+            scope.
     """
     path = name
     if '::' in name:
@@ -63,9 +64,9 @@ def load_backbone(name: str, checkpoint: str | None = None, seed: int = 0) -> nn
     Raises:
         AnalysisError: If the config has no backbone, it cannot be built, or the checkpoint does not
             fit.
-        mmlavit.launch.LaunchError: As :func:`read_config`.
+        mmlavit.engine.launch.LaunchError: As :func:`read_config`.
         OSError: If the checkpoint is not there.
-        mmlavit.checkpoint_file.CheckpointError: If it cannot be read.
+        mmlavit.engine.checkpoint_file.CheckpointError: If it cannot be read.
     """
     cfg, scope = read_config(name)
     if 'backbone' not in cfg.get('model', {}):
@@ -112,7 +113,7 @@ def load_images(name: str, count: int) -> Iterator[Tensor]:
 
     Raises:
         AnalysisError: If the config has no such data, or they cannot be built.
-        mmlavit.launch.LaunchError: As :func:`read_config`.
+        mmlavit.engine.launch.LaunchError: As :func:`read_config`.
         OSError: If they are not there.
         ValueError: If ``count`` is less than 1, or the data are empty.
     """

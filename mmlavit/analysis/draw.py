@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from ..export import check_free
+from ..export.onnx import check_free
 from .loading import AnalysisError, find_lavit, load_image, load_model
 from .record import LayerAttention, check_stages, recording
 
@@ -52,7 +52,7 @@ def draw_attention(
         FileNotFoundError: If a file is missing.
         ValueError: If a stage, point, head or device is not there.
         AnalysisError: If config, checkpoint and image do not go together. Errors of the config
-            itself are a :class:`mmlavit.launch.LaunchError`.
+            itself are a :class:`mmlavit.engine.launch.LaunchError`.
     """
     missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
     if missing:

@@ -14,10 +14,10 @@ from mmengine.dataset import Compose, pseudo_collate
 from mmengine.registry import MODELS, init_default_scope
 from torch import Tensor, nn
 
-from ..backbone import LaViT
-from ..checkpoint import strip_prefix
-from ..checkpoint_file import read_weights
-from ..launch import read_scope, require_package
+from ..engine.checkpoint_file import read_weights
+from ..engine.launch import read_scope, require_package
+from ..models.lavit import LaViT
+from ..models.state_dict import strip_prefix
 
 # What a preprocessor adds at the bottom and right is drawn in this grey.
 PADDING = 127
@@ -53,7 +53,7 @@ def load_model(config: str | Path, checkpoint: str | None) -> tuple[nn.Module, C
 
     Raises:
         AnalysisError: If the config has no model, the model no LaViT, or the checkpoint does not
-            fit it. Errors of the config itself are a :class:`mmlavit.launch.LaunchError`.
+            fit it. Errors of the config itself are a :class:`mmlavit.engine.launch.LaunchError`.
     """
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(0)
@@ -80,7 +80,7 @@ def build_model(config: str | Path) -> tuple[nn.Module, Config]:
 
     Raises:
         AnalysisError: If the config has no model, or the model no LaViT. Errors of the config
-            itself are a :class:`mmlavit.launch.LaunchError`.
+            itself are a :class:`mmlavit.engine.launch.LaunchError`.
     """
     scope = read_scope(Path(config))
     require_package(scope)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..windows import WindowGrid
+from ..models.windows import WindowGrid
 
 
 @dataclass(frozen=True)

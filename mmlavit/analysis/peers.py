@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..backbone import LaViT
+from ..models.lavit import LaViT
 from .pairs import ShiftedWindowGrid
 from .record import LayerAttention, recording
 

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..attention import VanillaAttention
-from ..backbone import LaViT, Stage
-from ..block import Block
-from ..windows import Slab, WindowGrid
+from ..models.attention import VanillaAttention
+from ..models.block import Block
+from ..models.lavit import LaViT, Stage
+from ..models.windows import Slab, WindowGrid
 
 
 @dataclass(frozen=True)
@@ -32,9 +32,9 @@ class LayerAttention:
         attn: Attention after the softmax (B, windows, heads, n, m), each row of a real query
             summing to 1; float32.
         scores: ``A`` before the softmax, of the same shape; None where a layer has none.
-        residual: What :class:`mmlavit.attention_residual.AttentionResidual` brought in, scaled by
-            its LayerScale, of the same shape: part of ``scores``. In the first layer of every stage
-            but the first; else None.
+        residual: What :class:`mmlavit.models.attention_residual.AttentionResidual` brought in,
+            scaled by its LayerScale, of the same shape: part of ``scores``. In the first layer of
+            every stage but the first; else None.
         grid: Grid of the windows over the stage's map of tokens; None where there is none.
     """
 

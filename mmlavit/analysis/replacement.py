@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..attention import LessAttention, WindowAttention
-from ..backbone import Stage
-from ..block import Block
-from ..windows import Slab, WindowGrid
+from ..models.attention import LessAttention, WindowAttention
+from ..models.block import Block
+from ..models.lavit import Stage
+from ..models.windows import Slab, WindowGrid
 from .record import LayerAttention, attention_name, stages_of
 
 # What takes the place of the attention maps, and of what makes the scores.

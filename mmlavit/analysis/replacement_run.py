@@ -19,8 +19,8 @@ from mmengine.hooks import Hook
 from mmengine.runner import Runner
 from torch import Tensor, nn
 
-from ..checkpoint_file import read_weights
-from ..data_checks import refuse_empty_data
+from ..engine.checkpoint_file import read_weights
+from ..engine.data_checks import refuse_empty_data
 from .loading import AnalysisError, build_model, load_weights, one_line
 from .record import recording, stages_of
 from .replacement import HOWS, MeanAttention, replaceable, replaced
@@ -109,7 +109,7 @@ def measure(
     Raises:
         AnalysisError: If the config has no LaViT, no validation or no such metric, the checkpoint
             does not fit, or the model as it is has no value to compare with.
-        mmlavit.launch.LaunchError: If the config is missing or unreadable.
+        mmlavit.engine.launch.LaunchError: If the config is missing or unreadable.
         OSError: If the checkpoint or the data are not there.
         ValueError: If the checkpoint is damaged, the data are empty, ``images`` is less than 1 or
             ``only`` names something unknown.

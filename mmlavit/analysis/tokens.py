@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..windows import WindowGrid
+from ..models.windows import WindowGrid
 from .record import LayerAttention
 
 Box = tuple[int, int, int, int]

@@ -77,8 +77,8 @@ def main(argv: list[str] | None = None) -> None:
 
     from mmlavit.analysis.draw import draw_attention
     from mmlavit.analysis.loading import AnalysisError
-    from mmlavit.checkpoint_file import guard_checkpoints
-    from mmlavit.launch import LaunchError
+    from mmlavit.engine.checkpoint_file import guard_checkpoints
+    from mmlavit.engine.launch import LaunchError
 
     # Hundreds of lines say how each weight was initialized.
     MMLogger.get_instance('mmengine', log_level='WARNING')

@@ -69,8 +69,8 @@ def main() -> None:
 
     from mmlavit.analysis.loading import AnalysisError
     from mmlavit.analysis.replacement_run import draw_table, judge, measure, to_json
-    from mmlavit.export import check_free
-    from mmlavit.launch import LaunchError
+    from mmlavit.engine.launch import LaunchError
+    from mmlavit.export.onnx import check_free
 
     # Hundreds of lines say how each weight was initialized.
     MMLogger.get_instance('mmengine', log_level='ERROR')

@@ -71,7 +71,7 @@ def main() -> None:
 
     from mmlavit.analysis.loading import AnalysisError
     from mmlavit.analysis.saturation_run import Model, compare, output_files, write
-    from mmlavit.launch import LaunchError
+    from mmlavit.engine.launch import LaunchError
 
     # Hundreds of lines say how each weight was initialized.
     MMLogger.get_instance('mmengine', log_level='ERROR')

@@ -1,0 +1,1 @@
+"""What trains a model: hooks, checkpoints, data checks, and the launcher."""

@@ -1,0 +1,217 @@
+"""Handing a config to the script of the package that it was written for."""
+
+from __future__ import annotations
+
+import linecache
+import re
+import runpy
+import sys
+import traceback
+from importlib.util import find_spec
+from pathlib import Path
+from typing import NoReturn
+
+from ..compat import leave_process_group, repair_torchvision
+from .checkpoint_file import guard_checkpoints
+from .data_checks import refuse_empty_data
+
+# The packages whose scripts we hand over to, under the name that configs call their scope, and the
+# distributions that provide them, maintained and original.
+PACKAGES = {
+    'mmdet': ('onedl-mmdetection', 'mmdet'),
+    'mmseg': ('onedl-mmsegmentation', 'mmsegmentation'),
+    'mmpretrain': ('onedl-mmpretrain', 'mmpretrain'),
+}
+_CONFIG_SUFFIXES = ('.py', '.json', '.yaml', '.yml')
+
+
+class LaunchError(Exception):
+    """What keeps a script from being found; its text is one line for the user."""
+
+
+def find_config(argv: list[str]) -> Path | None:
+    """The config among command-line arguments: the first that looks like a config file.
+
+    Args:
+        argv: Arguments of ``train.py`` or ``test.py``, without the script's own name.
+
+    Returns:
+        Its path, or None.
+    """
+    for arg in argv:
+        if arg.endswith(_CONFIG_SUFFIXES) and '=' not in arg and not arg.startswith('-'):
+            return Path(arg)
+    return None
+
+
+def read_scope(config: Path) -> str:
+    """Read the ``default_scope`` of a config.
+
+    Args:
+        config: Path of the config.
+
+    Returns:
+        ``'mmdet'``, ``'mmseg'`` or ``'mmpretrain'``.
+
+    Raises:
+        LaunchError: If the file is missing or unreadable, or says no scope that we know.
+    """
+    from mmengine.config import Config
+
+    if not config.is_file():
+        raise LaunchError(f'config file not found: {config}')
+    repair_torchvision()
+    try:
+        scope = Config.fromfile(config).get('default_scope')
+    except Exception as error:
+        reason = ' '.join(str(error).split()) or type(error).__name__
+        # MMEngine names the distribution, or the package where both have one name.
+        if missing := re.match(r'(\S+) is not installed', reason):
+            for package, names in PACKAGES.items():
+                if missing[1] in (package, *names):
+                    require_package(package)
+        raise LaunchError(f'cannot read {config}: {reason}') from error
+    if scope not in PACKAGES:
+        raise LaunchError(
+            f'{config} has default_scope = {scope!r}; it must be one of {list(PACKAGES)}, for '
+            "example by inheriting from 'mmdet::_base_/default_runtime.py'"
+        )
+    return scope
+
+
+def is_installed(package: str) -> bool:
+    """Whether a package can be imported; a folder without ``__init__.py`` is the remains of one."""
+    spec = find_spec(package)
+    return spec is not None and spec.origin is not None
+
+
+def require_package(package: str) -> None:
+    """Make sure that a toolbox is installed.
+
+    Args:
+        package: Import name.
+
+    Raises:
+        LaunchError: If it is not.
+    """
+    if not is_installed(package):
+        names = ' or '.join(PACKAGES.get(package, (package,)))
+        raise LaunchError(f'this config needs {package}, which is not installed; install {names}')
+
+
+def find_script(name: str, argv: list[str]) -> Path:
+    """The installed package's own script for the config on a command line.
+
+    Without a config (as in ``--help``) the first installed package's script answers.
+
+    Args:
+        name: ``'train.py'`` or ``'test.py'``.
+        argv: Arguments of the script.
+
+    Returns:
+        Path of the script.
+
+    Raises:
+        LaunchError: If there is none; the text says why.
+    """
+    config = find_config(argv)
+    if config is None:
+        package = next(filter(is_installed, PACKAGES), None)
+        if package is None:
+            raise LaunchError(
+                f"none of {list(PACKAGES)} is installed; pip install 'mmlavit[onedl]' brings them"
+            )
+    else:
+        package = read_scope(config)
+        require_package(package)
+    script = Path(find_spec(package).origin).parent / '.mim' / 'tools' / name
+    if not script.is_file():
+        raise LaunchError(
+            f'{package} is installed without its tools ({script} is missing); install it with pip '
+            'from its wheel or sdist'
+        )
+    return script
+
+
+def main(name: str) -> None:
+    """Run the installed package's ``name`` with this process's arguments, as if called directly.
+
+    Args:
+        name: ``'train.py'`` or ``'test.py'``.
+    """
+    try:
+        script = find_script(name, sys.argv[1:])
+    except LaunchError as error:
+        _fail(str(error))
+    repair_torchvision()
+    guard_checkpoints()
+    refuse_empty_data()
+    try:
+        runpy.run_path(str(script), run_name='__main__')
+    except FileNotFoundError as error:
+        path = error.filename or _path_in(str(error))
+        if path is None:
+            raise
+        _fail(
+            f'file not found: {path} (looked for in {Path.cwd()}); if it belongs to a data set, '
+            'README.md, section "Data", says how to get it and where it goes'
+        )
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        if (message := _said_by_us(error) or _unknown_type(error)) is None:
+            raise
+        _fail(message)
+    leave_process_group()
+
+
+def _said_by_us(error: BaseException) -> str | None:
+    """The message of an error that mmlavit raised on purpose, whoever repeated it since."""
+    # MMEngine's original build function raises an error of its own around that of a module.
+    chain = [error]
+    while error := error.__cause__ or error.__context__:
+        chain.append(error)
+    for error in chain:
+        for frame, line in list(traceback.walk_tb(error.__traceback__))[-1:]:
+            module = frame.f_globals.get('__name__', '')
+            statement = linecache.getline(frame.f_code.co_filename, line).strip()
+            if module.startswith('mmlavit.') and statement.startswith('raise '):
+                return str(error)
+        if unknown := re.fullmatch(
+            r'(LaViT|DiagonalityLossHook|AttentionHealthHook)\.__init__\(\) '
+            r"(got an unexpected keyword argument '.+')",
+            str(error),
+        ):
+            return f'{unknown[1]} {unknown[2]}; README.md lists its options'
+    return None
+
+
+def _unknown_type(error: Exception) -> str | None:
+    """The message for MMEngine's complaint that a registry has no such type."""
+    if isinstance(error, KeyError) and (
+        found := re.search(r'(\S+) is not in the (\S+) registry', str(error.args[0]))
+    ):
+        name, registry = found.groups()
+        name = name.lstrip('\'"')
+        return (
+            f"the config names a type {name!r} that is not in MMEngine's {registry} registry; "
+            'check its spelling, or list the module that registers it in custom_imports'
+        )
+    return None
+
+
+def _path_in(message: str) -> str | None:
+    """The path in the message of a FileNotFoundError that MMEngine raised or wrapped.
+
+    A data loader's worker sends a whole traceback, which is left as it is.
+    """
+    wordings = (
+        r".*No such file or directory: '([^'\n]+)'",
+        r'file "(.+)" does not exist',
+        r'(.+) can not be found\.',
+    )
+    found = re.fullmatch('|'.join(wordings), message)
+    return found and next(filter(None, found.groups()))
+
+
+def _fail(message: str) -> NoReturn:
+    print(f'mmlavit: {message}', file=sys.stderr)
+    sys.exit(2)

@@ -1,0 +1,287 @@
+"""ONNX files for images of any size, compared with PyTorch before they are kept."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import tempfile
+import warnings
+from pathlib import Path
+
+import torch
+from mmengine.config import Config
+from mmengine.registry import MODELS, init_default_scope
+from torch import Tensor, nn
+
+from ..engine.checkpoint_file import read_weights
+from ..engine.launch import read_scope, require_package
+from ..models.state_dict import strip_prefix
+from ..ops.mode import in_evaluation
+
+PACKAGES = ('onnx', 'onnxscript', 'onnxruntime')
+#: Largest difference from PyTorch, in units of the largest value of a map or of 1, if that is more.
+TOLERANCE = 1e-4
+# A file of ONNX holds at most 2 GB; what a model computes with comes on top of its weights.
+MAX_BYTES = 1.8e9
+
+
+class ExportError(Exception):
+    """What keeps a model from being exported; its text is one line for the user."""
+
+
+def require_exporter() -> None:
+    """Make sure that this environment can export and compare.
+
+    Raises:
+        ExportError: If packages are missing, or torch has no exporter for dynamic sizes.
+    """
+    if not hasattr(torch.export.Dim, 'DYNAMIC'):
+        raise ExportError(
+            f'torch {torch.__version__} has no exporter for images of any size; it needs at least '
+            'torch 2.6 (tried with 2.13)'
+        )
+    missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ExportError(
+            f"{', '.join(missing)} not installed; pip install 'mmlavit[export]' brings what an "
+            'export needs'
+        )
+
+
+def build_model(config: str | Path, checkpoint: str | None = None, head: bool = False) -> nn.Module:
+    """Build what is to be exported, with its weights.
+
+    Args:
+        config: A config of mmdet, mmseg or mmpretrain.
+        checkpoint: A checkpoint of that model or of its backbone alone. Without one the backbone
+            starts as in training, from its ``init_cfg`` or from chance.
+        head: Whether to build the whole model, which must be a classifier, instead of its backbone.
+
+    Returns:
+        The model in evaluation mode.
+
+    Raises:
+        ExportError: If the config has no such part, or the checkpoint does not fit. Errors of the
+            config itself are a :class:`mmlavit.engine.launch.LaunchError`.
+    """
+    scope = read_scope(Path(config))
+    require_package(scope)
+    cfg = Config.fromfile(config)
+    init_default_scope(scope)
+    if head and (scope != 'mmpretrain' or 'head' not in cfg.get('model', {})):
+        raise ExportError(f'{config} is no classifier with a head; export its backbone alone')
+    if 'backbone' not in cfg.get('model', {}):
+        raise ExportError(f'{config} has no model.backbone to export')
+    model = MODELS.build(cfg.model if head else cfg.model.backbone)
+    if checkpoint is None:
+        model.init_weights()
+    else:
+        _load(model, checkpoint, '' if head else 'backbone.')
+    return model.eval()
+
+
+def _load(model: nn.Module, checkpoint: str, prefix: str) -> None:
+    """Load all weights of a model, none missing; those of other parts are left out."""
+    weights = read_weights(checkpoint)
+    # A checkpoint of the backbone alone has no prefix.
+    weights = strip_prefix(weights, prefix) or weights
+    try:
+        model.load_state_dict(weights)
+    except (RuntimeError, ValueError) as error:
+        reason = ' '.join(str(error).split())
+        raise ExportError(f'{checkpoint} does not fit the config: {reason}') from error
+
+
+def export_onnx(
+    model: nn.Module,
+    file: str | Path,
+    size: tuple[int, int] = (224, 320),
+    *,
+    opset: int | None = None,
+    dynamic: bool = True,
+    force: bool = False,
+    seed: int = 0,
+) -> dict[tuple[int, ...], float]:
+    """Export a model to ONNX, and compare the file with the model before it takes its place.
+
+    The input of the file is ``image``, normalized as in training; its outputs are ``map0``,
+    ``map1``, ..., or ``scores`` for a model that returns a single tensor.
+
+    Args:
+        model: Takes images (B, C, H, W), with as many channels as its first convolution; returns a
+            tensor or a sequence of tensors.
+        file: Where the file goes. It comes to be there whole or not at all.
+        size: Height and width that are recorded: all that a file of fixed size takes, with one
+            image at a time, and an example of what one with dynamic axes takes.
+        opset: Version of ONNX's operators; None for what torch takes.
+        dynamic: Whether batch, height and width may be any.
+        force: Whether to replace a file that is there.
+        seed: Of the images to compare on, and of their sizes.
+
+    Returns:
+        Shape of the images -> largest difference of a map from PyTorch's, in units of the largest
+        value of that map, or of 1 if that is less. With dynamic axes no shape but the first has
+        been seen by the exporter.
+
+    Raises:
+        FileExistsError: If the file is there and is not to be replaced.
+        FileNotFoundError: If its folder is not.
+        ValueError: If an argument does not fit.
+        ExportError: If the model cannot be exported, or onnxruntime computes something else. Then
+            nothing is written.
+    """
+    require_exporter()
+    file = Path(file)
+    _check(size, opset)
+    check_free(file, force)
+    if sum(t.nbytes for t in model.state_dict().values()) > MAX_BYTES:
+        raise ExportError('the weights do not fit a file of ONNX, which holds at most 2 GB')
+    generator = torch.Generator().manual_seed(seed)
+    # Two images, since exporters take an axis of 1 for one that is always 1.
+    shapes = [(2 if dynamic else 1, _channels(model), *size)]
+    if dynamic:
+        shapes += _other_shapes(shapes[0], generator)
+    with in_evaluation(model), torch.no_grad():
+        example = torch.randn(shapes[0], generator=generator)
+        found = model(example)
+        names = ['scores'] if isinstance(found, Tensor) else [f'map{i}' for i in range(len(found))]
+        program = _record(model, example, names, opset, dynamic)
+        with tempfile.TemporaryDirectory(prefix=f'.{file.name}.', dir=file.parent) as folder:
+            made = Path(folder, file.name)
+            program.save(made, external_data=False)
+            differences = compare(model, made, shapes, generator)
+            # Exporting takes minutes, in which a file may have come to be there.
+            check_free(file, force)
+            os.replace(made, file)
+    return differences
+
+
+def _check(size: tuple[int, int], opset: int | None) -> None:
+    if len(size) != 2 or min(size) < 1:
+        raise ValueError(f'size must be a height and a width of at least 1, got {size}')
+    if opset is not None and opset < 18:
+        raise ValueError(f'opset must be at least 18, which the exporter writes, got {opset}')
+
+
+def check_free(file: Path, force: bool) -> None:
+    """Make sure that a file may be written.
+
+    Args:
+        file: Where it goes.
+        force: Whether it may replace one that is there.
+
+    Raises:
+        FileExistsError: If the file is there and is not to be replaced.
+        FileNotFoundError: If its folder is not.
+    """
+    if not file.parent.is_dir():
+        raise FileNotFoundError(f'{file.parent} is no folder; make it, or write elsewhere')
+    if file.is_dir():
+        raise FileExistsError(f'{file} is a folder; name a file')
+    if file.exists() and not force:
+        raise FileExistsError(f'{file} is there already; name another, or force its replacement')
+
+
+def _channels(model: nn.Module) -> int:
+    convolution = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
+    if convolution is None:
+        raise ExportError(
+            f'{type(model).__name__} has no convolution that says what images it takes'
+        )
+    return convolution.in_channels
+
+
+def _other_shapes(shape: tuple[int, ...], generator: torch.Generator) -> list[tuple[int, ...]]:
+    """Four other shapes: one image, square; more, smaller and larger, mostly no round numbers."""
+    channels, most = shape[1], 2 * max(shape[2:])
+    others = [(1, channels, 64, 64)]
+    for batch, low in ((3, 1), (1, most // 2), (2, 1)):
+        sides = torch.randint(low, most, (2,), generator=generator).add(32)
+        others.append((batch, channels, *sides.tolist()))
+    return others
+
+
+def _record(
+    model: nn.Module, example: Tensor, names: list[str], opset: int | None, dynamic: bool
+) -> torch.onnx.ONNXProgram:
+    axes = {0: 'batch', 2: 'height', 3: 'width'}
+    try:
+        with warnings.catch_warnings():
+            # Of torch, about itself.
+            warnings.simplefilter('ignore')
+            return torch.onnx.export(
+                model,
+                (example,),
+                dynamo=True,
+                input_names=['image'],
+                output_names=names,
+                opset_version=opset,
+                dynamic_shapes=(axes,) if dynamic else None,
+                verbose=False,
+            )
+    except Exception as error:
+        # The exporter wraps whatever went wrong, and explains at length.
+        cause = error.__cause__ or error
+        reason = next(filter(None, map(str.strip, str(cause).splitlines())), type(cause).__name__)
+        raise ExportError(
+            f'torch.onnx cannot export {type(model).__name__}'
+            f'{" for images of any size" if dynamic else ""}: {reason}'
+        ) from error
+
+
+def compare(
+    model: nn.Module,
+    file: str | Path,
+    shapes: list[tuple[int, ...]],
+    generator: torch.Generator,
+) -> dict[tuple[int, ...], float]:
+    """Run a file in onnxruntime, on a CPU, beside the model that it was made from.
+
+    Args:
+        model: The model, in evaluation mode.
+        file: The ONNX file.
+        shapes: Shapes (B, C, H, W) of the images; they are normal noise.
+        generator: Makes the images.
+
+    Returns:
+        As :func:`export_onnx` does.
+
+    Raises:
+        ExportError: If onnxruntime fails, or a difference is more than :data:`TOLERANCE`.
+    """
+    # From 1.29 on onnxruntime reports to its makers unless told before it is imported.
+    os.environ.setdefault('ORT_DISABLE_TELEMETRY', '1')
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4  # what fails raises, too
+    providers = ['CPUExecutionProvider']
+    session = onnxruntime.InferenceSession(str(file), options, providers=providers)
+    differences = {}
+    for shape in shapes:
+        images = torch.randn(shape, generator=generator)
+        with torch.no_grad():
+            expected = model(images)
+        if isinstance(expected, Tensor):
+            expected = [expected]
+        at = 'images of ' + ' x '.join(map(str, shape))
+        try:
+            found = [torch.from_numpy(y) for y in session.run(None, {'image': images.numpy()})]
+        except Exception as error:
+            reason = ' '.join(str(error).split())
+            raise ExportError(f'onnxruntime fails on {at}: {reason}') from error
+        if [y.shape for y in found] != [y.shape for y in expected]:
+            shown = [[tuple(y.shape) for y in maps] for maps in (found, expected)]
+            raise ExportError(f'onnxruntime gives maps {shown[0]} for {at}, PyTorch {shown[1]}')
+        worst = max(
+            ((a - b).abs().max() / b.abs().max().clamp(min=1)).item()
+            for a, b in zip(found, expected, strict=True)
+        )
+        # This way round NaN is an error, too.
+        if not worst <= TOLERANCE:
+            raise ExportError(
+                f'onnxruntime and PyTorch differ by {worst:.1e} of the largest value on {at}; at '
+                f'most {TOLERANCE:.0e} is rounding'
+            )
+        differences[shape] = worst
+    return differences

@@ -1,0 +1,1 @@
+"""The model: LaViT, its layers, and the geometry of windows."""

@@ -1,0 +1,348 @@
+"""The grid of windows: sizes, partition, merge, padding, nesting.
+
+Everything here is geometry of a map of tokens; nothing knows what the tokens mean.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..ops.mode import is_traced
+
+
+def ceil_div(a: int, b: int) -> int:
+    """``a / b`` rounded up, for non-negative ``a`` and positive ``b``."""
+    # Not -(-a // b), which is another number in ONNX: its division of integers rounds towards 0.
+    return (a + b - 1) // b
+
+
+def pad_map(x: Tensor, multiple: int) -> Tensor:
+    """Zero-pad a map at the bottom and right to whole multiples.
+
+    Args:
+        x: Map (B, H, W, C).
+        multiple: What the sides become multiples of.
+
+    Returns:
+        Map (B, H', W', C); ``x`` itself where nothing is missing.
+    """
+    bottom, right = (ceil_div(side, multiple) * multiple - side for side in x.shape[1:3])
+    return F.pad(x, (0, 0, 0, right, 0, bottom)) if is_traced() or bottom or right else x
+
+
+def nesting_ratio(prev_window: int, window: int) -> int:
+    """How many windows of the previous stage lie in one window of the next, per axis.
+
+    A stage halves its token grid, so a window of ``prev_window`` tokens covers ``prev_window / 2``
+    tokens of the next stage. A window there must hold a whole number of them.
+
+    Args:
+        prev_window: Side of the previous stage's windows, in its tokens.
+        window: Side of this stage's windows, in its tokens.
+
+    Returns:
+        ``2 * window / prev_window``, an integer >= 1.
+
+    Raises:
+        ValueError: If the windows do not nest.
+    """
+    if prev_window % 2:
+        raise ValueError(
+            f'window_sizes: {prev_window} is odd, so halving the grid would split a window; '
+            'every window size but the last must be even'
+        )
+    if 2 * window % prev_window:
+        raise ValueError(
+            f'window_sizes: a window of {prev_window} tokens becomes {prev_window // 2} tokens in '
+            f'the next stage, and its window of {window} tokens is not a whole number of those; '
+            f'choose a multiple of {prev_window // 2}'
+        )
+    return 2 * window // prev_window
+
+
+@dataclass(frozen=True)
+class WindowGrid:
+    """Non-overlapping ``window x window`` tiles over a ``height x width`` map of tokens.
+
+    Windows are counted row by row, and so are the ``n = window ** 2`` tokens in each. A map that
+    the window does not divide is padded at the bottom and right; :meth:`valid` tells real tokens
+    from padded ones.
+
+    Args:
+        height: Rows of tokens.
+        width: Columns of tokens.
+        window: Side of a window, in tokens.
+    """
+
+    height: int
+    width: int
+    window: int
+
+    @property
+    def rows(self) -> int:
+        """Windows from top to bottom."""
+        return ceil_div(self.height, self.window)
+
+    @property
+    def cols(self) -> int:
+        """Windows from left to right."""
+        return ceil_div(self.width, self.window)
+
+    @property
+    def padded(self) -> bool:
+        """Whether any window may hold padded tokens; recorded code is for all sizes."""
+        sides = self.rows * self.window, self.cols * self.window
+        return is_traced() or sides != (self.height, self.width)
+
+    def whole(self, batch: int) -> list[Slab]:
+        """A batch of maps in one piece.
+
+        Args:
+            batch: Maps in the batch.
+
+        Returns:
+            One slab.
+        """
+        return [Slab(0, batch, 0, self)]
+
+    def slabs(self, batch: int, tokens: int) -> list[Slab]:
+        """Cut a batch of maps into pieces that share no window.
+
+        Args:
+            batch: Maps in the batch.
+            tokens: How many tokens a piece may hold, unless a single row of windows has more.
+
+        Returns:
+            Groups of whole maps or, where a map has more tokens than that, rows of windows of one
+            map, in the order in which the windows are counted. Pieces are about equal.
+        """
+        most = tokens // (self.height * self.width)
+        if most:
+            group = ceil_div(batch, ceil_div(batch, most))
+            return [Slab(i, min(group, batch - i), 0, self) for i in range(0, batch, group)]
+        most = max(1, tokens // (self.window * self.width))
+        step = ceil_div(self.rows, ceil_div(self.rows, most)) * self.window
+        cuts = [
+            (y, WindowGrid(min(step, self.height - y), self.width, self.window))
+            for y in range(0, self.height, step)
+        ]
+        return [Slab(i, 1, y, grid) for i in range(batch) for y, grid in cuts]
+
+    def pad(self, x: Tensor) -> Tensor:
+        """Fill the last windows up with zeros.
+
+        Args:
+            x: Map of tokens (B, height, width, C).
+
+        Returns:
+            Map (B, rows * window, cols * window, C); ``x`` itself where nothing is missing.
+        """
+        return pad_map(x, self.window) if self.padded else x
+
+    def crop(self, x: Tensor) -> Tensor:
+        """Undo :meth:`pad`.
+
+        Args:
+            x: Map (B, rows * window, cols * window, C).
+
+        Returns:
+            Map of tokens (B, height, width, C).
+        """
+        if is_traced():
+            # Unlike a slice, a copy lies in memory alike whether there was something to cut or not.
+            return F.pad(x, (0, 0, 0, self.width - x.shape[2], 0, self.height - x.shape[1]))
+        return x[:, : self.height, : self.width] if self.padded else x
+
+    def partition(self, x: Tensor, num_parts: int, num_heads: int) -> Tensor:
+        """Cut a padded map into windows and its channels into parts and heads, in one copy.
+
+        Args:
+            x: Map (B, rows * window, cols * window, num_parts * num_heads * d).
+            num_parts: Equal runs of channels that come apart first (3 for Q, K, V; 1 for V).
+            num_heads: Heads in each part.
+
+        Returns:
+            Tensor (num_parts, B * rows * cols, num_heads, n, d).
+        """
+        w, d = self.window, x.shape[-1] // (num_parts * num_heads)
+        x = x.reshape(-1, self.rows, w, self.cols, w, num_parts, num_heads, d)
+        x = x.permute(5, 0, 1, 3, 6, 2, 4, 7)
+        return x.reshape(num_parts, -1, num_heads, w * w, d)
+
+    def merge(self, x: Tensor) -> Tensor:
+        """Put windows and heads back into a padded map; the inverse of :meth:`partition`.
+
+        Args:
+            x: Tensor (B * rows * cols, num_heads, n, d).
+
+        Returns:
+            Map (B, rows * window, cols * window, num_heads * d).
+        """
+        num_heads, d, w = x.shape[1], x.shape[3], self.window
+        x = x.reshape(-1, self.rows, self.cols, num_heads, w, w, d).permute(0, 1, 4, 2, 5, 3, 6)
+        return x.reshape(-1, self.rows * w, self.cols * w, num_heads * d)
+
+    def pad_and_partition(self, x: Tensor, num_parts: int, num_heads: int) -> Tensor:
+        """``partition(pad(x))`` in one copy; gradients do not come through it.
+
+        Args:
+            x: Map (B, height, width, num_parts * num_heads * d).
+            num_parts: As in :meth:`partition`.
+            num_heads: As in :meth:`partition`.
+
+        Returns:
+            Tensor (num_parts, B * rows * cols, num_heads, n, d).
+        """
+        if not self.padded:
+            return self.partition(x, num_parts, num_heads)
+        w, d = self.window, x.shape[-1] // (num_parts * num_heads)
+        out = x.new_zeros(num_parts, x.shape[0], self.rows, self.cols, num_heads, w, w, d)
+        windows = out.permute(1, 2, 3, 5, 6, 0, 4, 7)
+        for in_windows, in_map in self._regions(windows, x.unflatten(-1, (num_parts, -1, d))):
+            in_windows.copy_(in_map)
+        return out.view(num_parts, -1, num_heads, w * w, d)
+
+    def merge_and_crop(self, x: Tensor) -> Tensor:
+        """``crop(merge(x))`` in one copy; gradients do not come through it.
+
+        Args:
+            x: Tensor (B * rows * cols, num_heads, n, d).
+
+        Returns:
+            Map (B, height, width, num_heads * d).
+        """
+        if not self.padded:
+            return self.merge(x)
+        num_heads, d, w = x.shape[1], x.shape[3], self.window
+        windows = x.reshape(-1, self.rows, self.cols, num_heads, w, w, d)
+        out = x.new_empty(windows.shape[0], self.height, self.width, num_heads, d)
+        for in_windows, in_map in self._regions(windows.permute(0, 1, 2, 4, 5, 3, 6), out):
+            in_map.copy_(in_windows)
+        return out.flatten(-2)
+
+    def _regions(self, windows: Tensor, x: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """The whole windows, those cut at the right, at the bottom, and at both.
+
+        Args:
+            windows: (B, rows, cols, window, window, ...).
+            x: The map (B, height, width, ...) that they hold.
+
+        Yields:
+            A part of each, views of equal shape (B, rows, cols, height, width, ...).
+        """
+        for rows, ys, height in self._runs(self.height):
+            for cols, xs, width in self._runs(self.width):
+                part = x[:, ys, xs].unflatten(2, (-1, width)).unflatten(1, (-1, height))
+                yield windows[:, rows, cols, :height, :width], part.transpose(2, 3)
+
+    def _runs(self, size: int) -> list[tuple[slice, slice, int]]:
+        """Windows of equal extent along an axis: which, over which tokens, how many in each."""
+        whole, rest = divmod(size, self.window)
+        end = whole * self.window
+        runs = [(slice(0, whole), slice(0, end), self.window)] if whole else []
+        return [*runs, (slice(whole, whole + 1), slice(end, size), rest)] if rest else runs
+
+    def fill_padded(
+        self, pairs: Tensor, *, queries: float | None = None, keys: float | None = None
+    ) -> None:
+        """Overwrite the pairs that involve a padded token, in place.
+
+        Args:
+            pairs: Maps of pairs (B * rows * cols, num_heads, n, n).
+            queries: Value for pairs with a padded query; None leaves them.
+            keys: Value for pairs with a padded key, then; None leaves them.
+        """
+        w = self.window
+        pairs = pairs.view(-1, self.rows, self.cols, pairs.shape[1], w, w, w, w)
+        bottom, right = pairs[:, -1], pairs[:, :, -1]
+        rows, cols = self.height - (self.rows - 1) * w, self.width - (self.cols - 1) * w
+        for value, first in ((queries, 3), (keys, 5)):
+            if value is not None and rows < w:
+                bottom.narrow(first, rows, w - rows).fill_(value)
+            if value is not None and cols < w:
+                right.narrow(first + 1, cols, w - cols).fill_(value)
+
+    def valid(self, device: torch.device | str | None = None) -> Tensor:
+        """Which tokens are real.
+
+        Args:
+            device: Where to put the mask.
+
+        Returns:
+            Bool tensor (rows * cols, n), the same for every image of a batch.
+        """
+        w = self.window
+        y = torch.arange(self.rows * w, device=device) < self.height
+        x = torch.arange(self.cols * w, device=device) < self.width
+        mask = y[:, None] & x
+        return mask.view(self.rows, w, self.cols, w).transpose(1, 2).reshape(-1, w * w)
+
+    def nest(self, blocks: Tensor, prev: WindowGrid) -> Tensor:
+        """Place maps of the previous stage's windows into this stage's windows.
+
+        A previous window, halved, is a ``s x s`` part of a new window; its map of pairs is a
+        diagonal block of the new window's map. Pairs that no previous window saw get 0.
+
+        Args:
+            blocks: Maps (B * prev.rows * prev.cols, num_heads, s * s, s * s) with
+                ``s = prev.window / 2``.
+            prev: Grid of the previous stage, of which this grid is the halved one.
+
+        Returns:
+            Tensor (B * rows * cols, num_heads, n, n).
+        """
+        r = nesting_ratio(prev.window, self.window)
+        s = prev.window // 2
+        num_heads = blocks.shape[1]
+        blocks = blocks.reshape(-1, prev.rows, prev.cols, num_heads, s, s, s, s)
+        extra_rows, extra_cols = self.rows * r - prev.rows, self.cols * r - prev.cols
+        if is_traced() or extra_rows or extra_cols:
+            blocks = F.pad(blocks, (0,) * 10 + (0, extra_cols, 0, extra_rows))
+        if r == 1:
+            return blocks.reshape(-1, num_heads, s * s, s * s)
+        blocks = blocks.reshape(-1, self.rows, r, self.cols, r, num_heads, s, s, s, s)
+        if is_traced():
+            # Copying into slices would tell apart maps of one window and of more.
+            same = torch.eye(r, dtype=torch.bool, device=blocks.device).view(r, 1, 1, 1, r, 1, 1, 1)
+            same = same & same.view(r, 1, 1, 1, r, 1)
+            blocks = blocks.permute(0, 1, 3, 5, 2, 6, 4, 7, 8, 9).unsqueeze(8).unsqueeze(10)
+            out = torch.where(same, blocks, blocks.new_zeros(()))
+            return out.reshape(-1, num_heads, self.window**2, self.window**2)
+        out = blocks.new_zeros(
+            blocks.shape[0], self.rows, self.cols, num_heads, r, s, r, s, r, s, r, s
+        )
+        for i in range(r):
+            for j in range(r):
+                out[:, :, :, :, i, :, j, :, i, :, j, :] = blocks[:, :, i, :, j]
+        return out.reshape(-1, num_heads, self.window**2, self.window**2)
+
+
+@dataclass(frozen=True)
+class Slab:
+    """Some windows of a batch of maps of tokens.
+
+    Args:
+        image: The first of its maps.
+        images: How many maps.
+        row: The first of its rows of tokens in each.
+        grid: Grid of the windows over its rows.
+    """
+
+    image: int
+    images: int
+    row: int
+    grid: WindowGrid
+
+    @property
+    def count(self) -> int:
+        """Windows, over all maps."""
+        return self.images * self.grid.rows * self.grid.cols
+
+    def of(self, x: Tensor) -> Tensor:
+        """The slab's tokens of a batch of maps (B, H, W, C), a view."""
+        return x[self.image : self.image + self.images, self.row : self.row + self.grid.height]

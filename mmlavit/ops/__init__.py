@@ -1,0 +1,1 @@
+"""Operations of the model: what computes them, fast forms beside plain ones."""

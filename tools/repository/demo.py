@@ -1,0 +1,201 @@
+"""The demo: train, test and draw a config on the shapes data, through the tools that users take."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib
+from mmengine.config import Config
+from mmengine.fileio import load
+from mmengine.runner import find_latest_checkpoint
+
+from mmlavit.datasets.shapes import ShapesRecipe, make_shapes
+
+from .demo_pictures import draw_classes, draw_instances, draw_segmentation
+
+SHAPES = Path('data/shapes')
+
+
+@dataclass(frozen=True)
+class Demo:
+    """What to train, and how to tell that it worked.
+
+    Args:
+        config: Config to train on the shapes data.
+        work_dir: Where checkpoints, logs and pictures go.
+        targets: Test metrics by their names in MMEngine's log, with the least that counts as
+            success.
+        predictions: What ``tools/test.py --out`` of the config's toolbox is to write, by name.
+        draw: Draws it: takes what was written, the data, and the picture to write.
+    """
+
+    config: Path
+    work_dir: Path
+    targets: dict[str, float]
+    predictions: str
+    draw: Callable[[Path, Path, Path], Path]
+
+
+DEMOS = {
+    'det': Demo(
+        config=Path('configs/maskrcnn_lavit_n_shapes.py'),
+        work_dir=Path('work_dirs/demo'),
+        targets={'coco/bbox_mAP_50': 0.85, 'coco/segm_mAP_50': 0.85, 'coco/bbox_mAP': 0.60},
+        predictions='predictions.pkl',
+        draw=draw_instances,
+    ),
+    'seg': Demo(
+        config=Path('configs/upernet_lavit_n_shapes.py'),
+        work_dir=Path('work_dirs/demo-seg'),
+        targets={'mIoU': 75.0},
+        predictions='predictions',
+        draw=draw_segmentation,
+    ),
+    'cls': Demo(
+        config=Path('configs/lavit_n_shapes.py'),
+        work_dir=Path('work_dirs/demo-cls'),
+        targets={'accuracy/top1': 90.0},
+        predictions='predictions.pkl',
+        draw=draw_classes,
+    ),
+}
+
+
+def run(demo: Demo) -> dict[str, float]:
+    """Make the data, train (or go on where it stopped), test the best checkpoint, draw.
+
+    Args:
+        demo: What to run. Paths are relative to the current directory, the repository's top.
+
+    Returns:
+        The test metrics.
+
+    Raises:
+        subprocess.CalledProcessError: If training or testing fails; its output says why.
+    """
+    print(f'[1/4] data in {SHAPES}', flush=True)
+    make_shapes(SHAPES, ShapesRecipe())
+
+    print('[2/4] training', flush=True)
+    best = train(demo.config, demo.work_dir)
+
+    print(f'[3/4] testing {best}', flush=True)
+    test_dir = demo.work_dir / 'test'
+    predictions = test_dir / demo.predictions
+    _tool('test.py', demo.config, best, '--work-dir', test_dir, '--out', predictions)
+    metrics = load(max(test_dir.glob('*/*.json')))
+
+    print('[4/4] drawing', flush=True)
+    curves = draw_curves(demo.work_dir, demo.work_dir / 'curves.png')
+    pictures = demo.draw(predictions, SHAPES, demo.work_dir / 'predictions.png')
+
+    print(f'\ncheckpoint   {best}\ncurves       {curves}\npredictions  {pictures}')
+    for name, least in demo.targets.items():
+        verdict = 'reached' if metrics[name] >= least else 'MISSED'
+        print(f'{name:<20} {metrics[name]:.3f}   (target {least:.2f}: {verdict})')
+    return metrics
+
+
+def train(config: Path, work_dir: Path, *options: str) -> Path:
+    """Train a config, go on where an earlier call stopped, or do nothing where it had finished.
+
+    Args:
+        config: Config to train.
+        work_dir: Where checkpoints and logs go.
+        options: What to give ``--cfg-options``.
+
+    Returns:
+        The best checkpoint by the config's own measure.
+
+    Raises:
+        subprocess.CalledProcessError: If training fails.
+    """
+    last = last_checkpoint(Config.fromfile(config))
+    latest = find_latest_checkpoint(str(work_dir)) if work_dir.is_dir() else None
+    if latest and Path(latest).name == last and _validated(work_dir, last):
+        print(f'{config.stem}: finished before ({latest})', flush=True)
+    else:
+        start = f'going on from {latest}' if latest else f'up to {last}'
+        print(f'{config.stem}: {start}', flush=True)
+        more = ['--cfg-options', *options] if options else []
+        _tool('train.py', config, '--work-dir', work_dir, '--resume', *more)
+    return max(work_dir.glob('best_*.pth'), key=lambda path: path.stat().st_mtime)
+
+
+def last_checkpoint(cfg: Config) -> str:
+    """Name of the checkpoint with which a training ends."""
+    if 'max_iters' in cfg.train_cfg:
+        return f'iter_{cfg.train_cfg.max_iters}.pth'
+    return f'epoch_{cfg.train_cfg.max_epochs}.pth'
+
+
+def _validated(work_dir: Path, checkpoint: str) -> bool:
+    """Whether the model of a checkpoint was validated, which a kill may have prevented."""
+    step = int(re.search(r'\d+', checkpoint)[0])
+    return any('loss' not in record and record['step'] == step for record in read_scalars(work_dir))
+
+
+def read_scalars(work_dir: Path) -> list[dict]:
+    """What MMEngine logged, over all runs into a directory; a resumed run overrules an earlier one.
+
+    Args:
+        work_dir: Work directory of the training.
+
+    Returns:
+        Log records in the order of their steps; those with a ``loss`` come from training (their
+        step is the iteration), the others from validation (their step is the epoch or iteration).
+    """
+    records = {}
+    for path in sorted(work_dir.glob('*/vis_data/scalars.json')):
+        for line in path.read_text().splitlines():
+            record = json.loads(line)
+            records['loss' in record, record['step']] = record
+    return [records[key] for key in sorted(records)]
+
+
+def draw_curves(work_dir: Path, out: Path) -> Path:
+    """Plot the losses and the validation metrics of a training.
+
+    Args:
+        work_dir: Work directory of the training.
+        out: Picture to write.
+
+    Returns:
+        ``out``.
+    """
+    matplotlib.use('Agg')
+    import matplotlib.pyplot as plt
+
+    records = read_scalars(work_dir)
+    figure, panels = plt.subplots(1, 2, figsize=(11, 4), layout='constrained')
+    for panel, title, x_label, shown, training in (
+        (panels[0], 'training loss', 'iteration', r'(.*\.)?loss.*', True),
+        (panels[1], 'validation', 'step', r'.*_mAP(_50)?|mIoU|mAcc|accuracy/top1', False),
+    ):
+        rows = [r for r in records if ('loss' in r) is training]
+        for name in filter(re.compile(shown).fullmatch, rows[0] if rows else ()):
+            panel.plot([r['step'] for r in rows], [r[name] for r in rows], '.-', label=name)
+        panel.set(title=title, xlabel=x_label)
+        panel.grid(alpha=0.3)
+        panel.legend(fontsize=7)
+    panels[0].set_yscale('log')
+    # mmdet counts to 1, the other toolboxes to 100.
+    panels[1].set_ylim(0, 1 if any('mAP' in name for r in records for name in r) else 100)
+    figure.savefig(out, dpi=120)
+    plt.close(figure)
+    return out
+
+
+def _tool(name: str, *args: object) -> None:
+    # Waiting threads that spin make training several times slower where cores are shared.
+    env = {'OMP_WAIT_POLICY': 'PASSIVE', **os.environ}
+    subprocess.run(
+        [sys.executable, str(Path('tools') / name), *map(str, args)], check=True, env=env
+    )

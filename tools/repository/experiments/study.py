@@ -1,0 +1,181 @@
+"""All trainings that experiments ask for, side by side, going on where an earlier call stopped."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import sys
+import traceback
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from .tasks import TASKS
+from .training import train_variant
+from .variants import EXPERIMENTS, VARIANTS, register_backbones
+
+WORK_DIR = Path('work_dirs/experiments')
+
+
+class Training(NamedTuple):
+    """What is trained, and how; the names are those of results."""
+
+    task: str
+    variant: str
+    seed: int
+    rate: float
+
+    def __str__(self) -> str:
+        return f'{self.task} {self.variant} seed {self.seed} learning rate {self.rate:g}'
+
+
+def trainings(
+    experiments: Iterable[str], tasks: Iterable[str], seeds: Iterable[int]
+) -> list[Training]:
+    """What experiments ask for, each training once.
+
+    Args:
+        experiments: Names in :data:`~repository.experiments.variants.EXPERIMENTS`.
+        tasks: Names in :data:`~repository.experiments.tasks.TASKS`.
+        seeds: Seeds.
+
+    Returns:
+        The trainings, seed by seed, so that a study that is stopped has whole seeds.
+
+    Raises:
+        ValueError: If a name is unknown; the message lists the known ones.
+    """
+    experiments, tasks = list(experiments), list(tasks)
+    for kind, names, known in (('experiment', experiments, EXPERIMENTS), ('task', tasks, TASKS)):
+        for name in names:
+            if name not in known:
+                raise ValueError(f'unknown {kind} {name!r}; there are {", ".join(known)}')
+    seeds, chosen = list(seeds), [EXPERIMENTS[name] for name in experiments]
+    wanted = [
+        Training(task, name, seed, rate)
+        for seed in seeds
+        for task in tasks
+        for experiment in chosen
+        if experiment.asks(task)
+        for name in experiment.variants
+        for rate in experiment.rates or [VARIANTS[name].rate(task)]
+        if seed == seeds[0] or not experiment.rates
+    ]
+    return list(dict.fromkeys(wanted))
+
+
+def read_results(path: Path) -> list[dict[str, Any]]:
+    """Read what :func:`run` has written.
+
+    Args:
+        path: File of results.
+
+    Returns:
+        One for each training; none where there is no file. Those with another budget or of other
+        data than the tasks' now are not among them.
+    """
+    if not path.exists():
+        return []
+    results = [json.loads(line) for line in path.read_text().splitlines()]
+    return [
+        r
+        for r in results
+        if (task := TASKS.get(r['task']))
+        and (r['iterations'], r.get('data')) == (task.iterations, task.data)
+    ]
+
+
+def run(wanted: list[Training], results: Path, jobs: int = 2) -> list[dict[str, Any]]:
+    """Train what is not among the results yet.
+
+    Each training has a process and a core of its own, so its numbers do not depend on what runs
+    beside it.
+
+    Args:
+        wanted: Trainings as from :func:`trainings`.
+        results: File of results, a JSON object a line. A result is added as soon as it is there;
+            those with another budget or of other data than the task's now are left alone, and
+            trained again.
+        jobs: Trainings at a time.
+
+    Returns:
+        All results of what is wanted.
+
+    Raises:
+        ValueError: If ``jobs`` is not at least 1.
+        RuntimeError: If trainings failed; what the others came to is in the file.
+    """
+    if jobs < 1:
+        raise ValueError(f'jobs must be at least 1, got {jobs}')
+    for task in dict.fromkeys(w.task for w in wanted):
+        TASKS[task].make_data()
+    done = {_key(r): r for r in read_results(results)}
+    missing = [w for w in wanted if w not in done]
+    print(f'{len(wanted)} trainings, {len(wanted) - len(missing)} of them done before', flush=True)
+    failed = []
+    if missing:
+        results.parent.mkdir(parents=True, exist_ok=True)
+        _import_toolboxes()
+        # Forked processes have all imports done; a new one for each training shares nothing.
+        context = multiprocessing.get_context('fork')
+        with context.Pool(jobs, maxtasksperchild=1) as pool:
+            for i, (training, result) in enumerate(pool.imap_unordered(_train, missing), 1):
+                if isinstance(result, str):
+                    failed.append(str(training))
+                    print(f'{i}/{len(missing)} {training}: FAILED, {result}', flush=True)
+                    continue
+                with results.open('a') as file:
+                    file.write(json.dumps(result) + '\n')
+                done[_key(result)] = result
+                print(f'{i}/{len(missing)} {training}: {result["metric"]:.1f}', flush=True)
+    if failed:
+        raise RuntimeError(f'{len(failed)} trainings failed: {", ".join(failed)}')
+    return [done[w] for w in wanted]
+
+
+def _key(result: dict[str, Any]) -> Training:
+    return Training(*(result[name] for name in Training._fields))
+
+
+def work_dir_of(task: str, variant: str, seed: int, rate: float) -> Path:
+    """Where a training leaves its logs and weights; arguments as of :class:`Training`."""
+    return WORK_DIR / task / f'{variant}-{seed}-{rate:g}'
+
+
+def weights_of(task: str, variant: str, seed: int) -> Path:
+    """The weights that a training at the variant's own learning rate has left.
+
+    Raises:
+        FileNotFoundError: If it has not been run here.
+    """
+    weights = work_dir_of(task, variant, seed, VARIANTS[variant].rate(task)) / 'weights.pth'
+    if not weights.is_file():
+        raise FileNotFoundError(
+            f'{weights} is not there: weights are not kept with the results. Without its line in '
+            'results.jsonl, tools/experiments.py trains it again'
+        )
+    return weights
+
+
+def _import_toolboxes() -> None:
+    register_backbones()
+    import mmpretrain.models  # noqa: F401
+    import mmseg.models  # noqa: F401
+
+
+def _train(training: Training) -> tuple[Training, dict[str, Any] | str]:
+    """Train in a process of its own, its output in a file; an error comes back as a line."""
+    torch.set_num_threads(1)
+    work_dir = work_dir_of(*training)
+    work_dir.mkdir(parents=True, exist_ok=True)
+    with (work_dir / 'output.log').open('w') as log:
+        os.dup2(log.fileno(), sys.stdout.fileno())
+        os.dup2(log.fileno(), sys.stderr.fileno())
+        try:
+            return training, train_variant(*training, work_dir)
+        except Exception as error:
+            traceback.print_exc()
+            return training, f'{type(error).__name__}: {error} (see {log.name})'
