@@ -6,6 +6,7 @@ both. So `pip install mmlavit` asks for torch and numpy only and never touches w
 `mmlavit[onedl]` and `mmlavit[openmmlab]` are for an environment that has neither.
 """
 
+import runpy
 import shutil
 from pathlib import Path
 
@@ -102,7 +103,7 @@ class BuildWithConfigs(build_py):
 
 setup(
     name='mmlavit',
-    version='0.1.0',
+    version=runpy.run_path(str(ROOT / 'mmlavit/version.py'))['__version__'],
     description='LaViT, the Less-Attention Vision Transformer, as a backbone for OpenMMLab',
     long_description=README.read_text(encoding='utf-8') if README.exists() else '',
     long_description_content_type='text/markdown',

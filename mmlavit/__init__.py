@@ -1,40 +1,47 @@
 """mmlavit: the Less-Attention Vision Transformer (LaViT) as a backbone for OpenMMLab.
 
-Importing this package registers what :data:`__all__` names in MMEngine, and lets configs inherit
-from ``mmlavit::...`` (and, where MMEngine knows mmseg by another name, from ``mmseg::...``).
+Where MMEngine is installed, importing this package registers what :data:`__all__` names in it, and
+lets configs inherit from ``mmlavit::...`` (and, where MMEngine knows mmseg by another name, from
+``mmseg::...``). Without MMEngine there is the model alone, a plain ``torch.nn.Module``.
 """
 
+from importlib import import_module
+from importlib.util import find_spec
+
 from .compat import repair_config_bases, require_mmengine, serve_config_bases
+from .models import ARCHS, LaViT, diagonality_preserving_loss
+from .version import __version__ as __version__
 
-require_mmengine()
+__all__ = ['ARCHS', 'LaViT', 'diagonality_preserving_loss']
 
-import mmengine._strategy  # noqa: E402
+#: What needs MMEngine, by the module that has it; imported when it is asked for.
+_OF_MMENGINE = {
+    'AttentionHealthHook': 'engine.hooks.attention_health',
+    'AttentionVisualizationHook': 'engine.hooks.attention_visualization',
+    'DiagonalityLossHook': 'engine.hooks.diagonality',
+    'SafeCheckpointHook': 'engine.hooks.safe_checkpoint',
+    'StepSeedHook': 'engine.hooks.step_seed',
+    'ResumableFSDPStrategy': 'engine.fsdp',
+    'wrap_lavit_blocks': 'engine.fsdp_policy',
+}
 
-from .engine.hooks.attention_health import AttentionHealthHook  # noqa: E402
-from .engine.hooks.attention_visualization import AttentionVisualizationHook  # noqa: E402
-from .engine.hooks.diagonality import DiagonalityLossHook, diagonality_preserving_loss  # noqa: E402
-from .engine.hooks.safe_checkpoint import SafeCheckpointHook  # noqa: E402
-from .engine.hooks.step_seed import StepSeedHook  # noqa: E402
-from .models.arch import ARCHS  # noqa: E402
-from .models.lavit import LaViT  # noqa: E402
+if find_spec('mmengine') is not None:
+    require_mmengine()
+    from .engine import register_all
 
-repair_config_bases()
-serve_config_bases()
+    if not register_all():
+        del _OF_MMENGINE['ResumableFSDPStrategy'], _OF_MMENGINE['wrap_lavit_blocks']
+    repair_config_bases()
+    serve_config_bases()
+    __all__ += _OF_MMENGINE
 
-__version__ = '0.1.0'
-__all__ = [
-    'ARCHS',
-    'AttentionHealthHook',
-    'AttentionVisualizationHook',
-    'DiagonalityLossHook',
-    'LaViT',
-    'SafeCheckpointHook',
-    'StepSeedHook',
-    'diagonality_preserving_loss',
-]
 
-if hasattr(mmengine._strategy, 'FSDPStrategy'):
-    # MMEngine leaves it out where importing FSDP fails.
-    from .engine.fsdp import ResumableFSDPStrategy, wrap_lavit_blocks
+def __getattr__(name: str) -> object:
+    if name not in _OF_MMENGINE:
+        raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
+    require_mmengine()
+    return getattr(import_module(f'.{_OF_MMENGINE[name]}', __name__), name)
 
-    __all__ += ['ResumableFSDPStrategy', 'wrap_lavit_blocks']
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_OF_MMENGINE})

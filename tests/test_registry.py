@@ -140,6 +140,8 @@ ours = {
     for key, value in registry.module_dict.items()
     if getattr(value, '__module__', '').startswith('mmlavit')
 }
+# FSDP is imported when it is built.
+assert callable(ours.pop(('strategy', 'mmengine', 'ResumableFSDPStrategy')))
 assert ours == {
     ('model', 'mmengine', 'LaViT'): mmlavit.LaViT,
     ('hook', 'mmengine', 'DiagonalityLossHook'): mmlavit.DiagonalityLossHook,
@@ -147,9 +149,55 @@ assert ours == {
     ('hook', 'mmengine', 'AttentionVisualizationHook'): mmlavit.AttentionVisualizationHook,
     ('hook', 'mmengine', 'SafeCheckpointHook'): mmlavit.SafeCheckpointHook,
     ('hook', 'mmengine', 'StepSeedHook'): mmlavit.StepSeedHook,
-    ('strategy', 'mmengine', 'ResumableFSDPStrategy'): mmlavit.ResumableFSDPStrategy,
     ('function', 'mmengine', 'wrap_lavit_blocks'): mmlavit.wrap_lavit_blocks,
 }, ours
 """,
         cwd=tmp_path,
     )
+
+
+def test_the_model_alone_without_mmengine():
+    """A plain module of PyTorch, which trains."""
+    passes("""
+missing = 'mmengine', 'mmcv', 'mmdet', 'mmseg', 'mmpretrain', 'cv2', 'yapf', 'addict', 'matplotlib'
+sys.modules.update(dict.fromkeys(missing))
+from mmlavit.models import LaViT
+import torch
+
+model = LaViT('nano', out_indices=(1, 3))
+assert model.out_channels == (64, 320) and model.strides == (8, 32)
+optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+images, losses = torch.randn(2, 3, 40, 56), []
+for _ in range(8):
+    loss = sum(m.square().mean() - m[:, 0].mean() for m in model(images))
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    losses.append(loss.item())
+assert losses[-1] < losses[0]
+model.init_weights()
+LaViT('nano', out_indices=(1, 3)).load_state_dict(model.state_dict())
+try:
+    LaViT('nano', init_cfg=dict(checkpoint='weights.pth'))
+except ImportError as error:
+    assert 'MMEngine' in str(error)
+import mmlavit
+try:
+    mmlavit.DiagonalityLossHook
+except ImportError as error:
+    assert 'onedl-mmengine' in str(error)
+assert not any(sys.modules[name] for name in missing)
+""")
+
+
+def test_importing_the_package_leaves_out_what_few_need():
+    passes("""
+import mmengine.runner
+before = set(sys.modules)
+import mmlavit
+
+new = set(sys.modules) - before
+rooms = 'analysis', 'datasets', 'export', 'engine.launch'
+assert not [name for name in new for room in rooms if name.startswith(f'mmlavit.{room}')], new
+assert not new & {'mmlavit.engine.fsdp', 'matplotlib', 'bokeh', 'onnx', 'cv2'}
+""")

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ..engine.checkpoint_file import read_weights
 from ..engine.launch import read_scope, require_package
+from ..errors import MMLaViTError
 from ..models.lavit import LaViT
 from ..models.state_dict import strip_prefix
 
@@ -23,7 +24,7 @@ from ..models.state_dict import strip_prefix
 PADDING = 127
 
 
-class AnalysisError(Exception):
+class AnalysisError(MMLaViTError):
     """What keeps a model from being looked into; its text is one line for the user."""
 
 

@@ -16,6 +16,8 @@ from mmengine.config import ConfigDict
 from mmengine.runner import CheckpointLoader
 from mmengine.runner import checkpoint as mmengine_checkpoint
 
+from ..errors import MMLaViTError
+
 # By its first bytes: a file that is no checkpoint, and what to do about it.
 _OTHER_FILES = {
     r'(?i)\s*<(!doctype|html|\?xml)': 'is a web page saved in its place; download it again',
@@ -24,7 +26,7 @@ _OTHER_FILES = {
 _KEY = re.compile(r'(.*?)(patch_embed\.(?:proj|conv1)|stages\.\d+\.blocks)\.')
 
 
-class CheckpointError(ValueError):
+class CheckpointError(MMLaViTError, ValueError):
     """A checkpoint cannot be read, resumed from or written; the text is one line that names it."""
 
 

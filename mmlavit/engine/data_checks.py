@@ -11,13 +11,15 @@ from mmengine.runner import FlexibleRunner, Runner
 from mmengine.runner.base_loop import BaseLoop
 from torch.utils.data import DataLoader
 
+from ..errors import MMLaViTError
+
 # What a data set without a single item raises while it is built: MMEngine's, packing its list of
 # none; mmpretrain's, finding no image.
 _NO_ITEM = r'need at least one array to concatenate|Found 0 files in subfolders of'
 _REMEDY = 'check its ann_file, data_prefix, filter_cfg and the classes of its metainfo'
 
 
-class EmptyDataError(ValueError):
+class EmptyDataError(MMLaViTError, ValueError):
     """A data set has nothing to use; the text is one line that names the data set."""
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from ..compat import leave_process_group, repair_torchvision
+from ..errors import MMLaViTError
 from .checkpoint_file import guard_checkpoints
 from .data_checks import refuse_empty_data
 
@@ -25,7 +26,7 @@ PACKAGES = {
 _CONFIG_SUFFIXES = ('.py', '.json', '.yaml', '.yml')
 
 
-class LaunchError(Exception):
+class LaunchError(MMLaViTError):
     """What keeps a script from being found; its text is one line for the user."""
 
 

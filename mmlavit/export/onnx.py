@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..engine.checkpoint_file import read_weights
 from ..engine.launch import read_scope, require_package
+from ..errors import MMLaViTError
 from ..models.state_dict import strip_prefix
 from ..ops.mode import in_evaluation
 
@@ -25,7 +26,7 @@ TOLERANCE = 1e-4
 MAX_BYTES = 1.8e9
 
 
-class ExportError(Exception):
+class ExportError(MMLaViTError):
     """What keeps a model from being exported; its text is one line for the user."""
 
 

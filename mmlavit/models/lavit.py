@@ -6,18 +6,14 @@ import math
 from collections.abc import Mapping, Sequence
 
 import torch
-from mmengine.logging import print_log
-from mmengine.model import BaseModule
-from mmengine.model.weight_init import PretrainedInit
-from mmengine.registry import MODELS
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..engine.checkpoint_file import check_pretrained
 from ..ops.mode import keeps_activations
 from .arch import NUM_STAGES, Arch, per_stage_ints
 from .attention import LessAttention, VanillaAttention
 from .attention_residual import AttentionResidual
+from .base import BaseModule, register, say
 from .block import Block, ConvStem, PatchEmbed
 from .state_dict import (
     are_flattened,
@@ -106,7 +102,7 @@ class Stage(nn.Module):
         return x, scores, grid
 
 
-@MODELS.register_module()
+@register
 class LaViT(BaseModule):
     """Less-Attention Vision Transformer.
 
@@ -228,6 +224,16 @@ class LaViT(BaseModule):
         self._reset_parameters()
         self._freeze_stages()
 
+    @property
+    def out_channels(self) -> tuple[int, ...]:
+        """Channels of the maps that :meth:`forward` returns."""
+        return tuple(self.arch.embed_dims[m] for m in self.out_indices)
+
+    @property
+    def strides(self) -> tuple[int, ...]:
+        """Pixels from one token to the next in those maps."""
+        return tuple(4 << m for m in self.out_indices)
+
     def init_weights(self) -> None:
         """Initial weights by ``init_cfg``, as everywhere in MMEngine.
 
@@ -236,8 +242,10 @@ class LaViT(BaseModule):
             ValueError: If it is none, is damaged, holds anything but weights, holds none under
                 ``prefix``, or is of another arch.
         """
-        if not self.is_init:
-            for cfg in _pretrained(self.init_cfg):
+        if not self.is_init and (cfgs := _pretrained(self.init_cfg)):
+            from ..engine.checkpoint_file import check_pretrained
+
+            for cfg in cfgs:
                 check_pretrained(cfg['checkpoint'], cfg.get('prefix'))
         super().init_weights()
 
@@ -375,10 +383,9 @@ class LaViT(BaseModule):
             if resized := fit_windows(weights, self.window_sizes[: len(self.stages)]):
                 state_dict.update({prefix + name: weights[name] for name in resized})
                 layers = {name.rpartition('.')[0] for name in resized}
-                print_log(
+                say(
                     f'LaViT: resized Psi and Theta of {len(layers)} layers from window sizes '
-                    f'{before} to {windows_of(weights)[: len(self.stages)]} by interpolation',
-                    logger='current',
+                    f'{before} to {windows_of(weights)[: len(self.stages)]} by interpolation'
                 )
         super()._load_from_state_dict(state_dict, prefix, *args)
 
@@ -413,7 +420,8 @@ def _pretrained(init_cfg: dict | list[dict] | None) -> list[dict]:
     cfgs = [init_cfg] if isinstance(init_cfg, Mapping) else init_cfg or []
     if untyped := [cfg for cfg in cfgs if 'type' not in cfg]:
         raise ValueError(f'init_cfg must have a type or a checkpoint, got {untyped[0]!r}')
-    return [cfg for cfg in cfgs if cfg['type'] in ('Pretrained', PretrainedInit)]
+    names = 'Pretrained', 'PretrainedInit'
+    return [cfg for cfg in cfgs if getattr(cfg['type'], '__name__', cfg['type']) in names]
 
 
 def _check_int(name: str, value: object, minimum: int, maximum: int | None = None) -> int:

@@ -14,7 +14,6 @@ from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 from torch import Tensor, nn
 
-from ...analysis.measures import diagonality, entropy
 from ...models.attention import WindowAttention
 from ...models.lavit import LaViT
 from ...models.windows import WindowGrid
@@ -213,6 +212,9 @@ def figures(scores: Tensor, grid: WindowGrid) -> Tensor:
         The entropy and the diagonality, each the mean over heads and some windows, (2,); NaN where
         no window has more than one real token.
     """
+    # The tools of analysis are imported when the first look is due, not with mmlavit.
+    from ...analysis.measures import diagonality, entropy
+
     count = min(len(scores), _WINDOWS, max(1, _PAIRS // scores[0].numel()))
     chosen = torch.linspace(0, len(scores) - 1, count, device=scores.device).long()
     scores, visible = scores[chosen].float(), None

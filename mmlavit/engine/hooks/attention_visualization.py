@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from mmengine.dist import is_main_process
@@ -13,10 +13,11 @@ from mmengine.runner import Runner
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-from ...analysis.record import recording
-from ...analysis.saturation import MEASURES, SIMILARITIES, LayerNumbers, SaturationMeter
 from ...models.lavit import LaViT
 from ...ops.mode import in_evaluation
+
+if TYPE_CHECKING:
+    from ...analysis.saturation import LayerNumbers
 
 _SHORT = {'vanilla': 'VA', 'less': 'LA'}
 
@@ -105,7 +106,6 @@ class AttentionVisualizationHook(Hook):
             return
         layers = measure(self._backbone, noted)
         runner.visualizer.add_scalars(_scalars(layers), step=step)
-        # matplotlib is imported when a figure is due, not with mmlavit.
         from ...analysis.saturation_figures import draw_curves, draw_heat_maps, to_image
 
         for name, draw in (('curves', draw_curves), ('heat_maps', draw_heat_maps)):
@@ -157,6 +157,10 @@ def measure(backbone: LaViT, images: Tensor) -> list[LayerNumbers]:
     Returns:
         See :class:`~mmlavit.analysis.saturation.LayerNumbers`.
     """
+    # The tools of analysis are imported when a log is due, not with mmlavit.
+    from ...analysis.record import recording
+    from ...analysis.saturation import SaturationMeter
+
     meter = SaturationMeter()
     with in_evaluation(backbone), recording(backbone, meter.see, device=None):
         backbone(images.to(next(backbone.parameters()).dtype))
@@ -166,6 +170,8 @@ def measure(backbone: LaViT, images: Tensor) -> list[LayerNumbers]:
 
 def _scalars(layers: list[LayerNumbers]) -> dict[str, float]:
     """By name, what is defined."""
+    from ...analysis.saturation import MEASURES, SIMILARITIES
+
     found = {}
     for layer in layers:
         place = f'stage{layer.stage + 1}_layer{layer.layer + 1}_{_SHORT[layer.kind]}'

@@ -1,0 +1,43 @@
+"""What the models take from MMEngine, and what stands in for it where there is none."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from importlib.util import find_spec
+
+from torch import nn
+
+if find_spec('mmengine') is not None:
+    from mmengine.logging import print_log
+    from mmengine.model import BaseModule
+    from mmengine.registry import MODELS
+
+    register: Callable[[type], type] = MODELS.register_module()
+
+    def say(text: str) -> None:
+        """Write a line into the log of the run, or to stderr where there is no run."""
+        print_log(text, logger='current')
+
+else:
+
+    class BaseModule(nn.Module):  # type: ignore[no-redef]
+        """A plain module, which takes ``init_cfg=None`` alone."""
+
+        def __init__(self, init_cfg: dict | list[dict] | None = None) -> None:
+            super().__init__()
+            if init_cfg is not None:
+                raise ImportError('init_cfg needs MMEngine; load weights by load_state_dict')
+            self.init_cfg = None
+            self.is_init = False
+
+        def init_weights(self) -> None:
+            """Leave the weights as they are: a LaViT starts initialized."""
+
+    def register(cls: type) -> type:
+        """Leave a class as it is."""
+        return cls
+
+    def say(text: str) -> None:
+        """Write a line into Python's log."""
+        logging.getLogger('mmlavit').info(text)
