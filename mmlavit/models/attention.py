@@ -16,6 +16,7 @@ from ..ops.linear import Linear, linear, linear_after_norm
 from ..ops.mode import keeps_activations
 from ..ops.saturate import saturate
 from ..ops.softmax import masked_softmax, softmax_product
+from .state_dict import resize_window_weight
 from .windows import WindowGrid
 
 
@@ -168,6 +169,7 @@ class LessAttention(WindowAttention):
         super().__init__(embed_dims, num_heads, attn_drop_rate, drop_rate)
         self.fused = fused
         self.v = Linear(embed_dims, embed_dims, bias=qkv_bias)
+        self.window = window
         self.psi = nn.Parameter(torch.eye(window**2))
         self.theta = nn.Parameter(torch.eye(window**2))
 
@@ -197,6 +199,16 @@ class LessAttention(WindowAttention):
         elif grid.padded:
             grid.fill_padded(scores, queries=0.0, keys=0.0)
         return self.attend(scores, v, grid), scores
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Tensor], prefix: str, *args: object
+    ) -> None:
+        """Bring ``Psi`` and ``Theta`` of other windows to this layer's."""
+        for name in (f'{prefix}psi', f'{prefix}theta'):
+            weight = state_dict.get(name)
+            if weight is not None and weight.ndim == 2 and len(weight) != self.window**2:
+                state_dict[name] = resize_window_weight(weight, self.window)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 def scaled_product(q: Tensor, k: Tensor, scale: float, residual: Tensor | None) -> Tensor:

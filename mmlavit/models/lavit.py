@@ -19,7 +19,6 @@ from .state_dict import (
     are_flattened,
     check_arch,
     check_options,
-    fit_windows,
     strip_prefix,
     windows_of,
 )
@@ -379,13 +378,16 @@ class LaViT(BaseModule):
         if is_ours and not are_flattened(weights):
             check_arch(weights, self.arch, len(self.stages), self.in_channels)
             check_options(weights, self.conv_stem, self.overlap_downsample)
-            before = windows_of(weights)
-            if resized := fit_windows(weights, self.window_sizes[: len(self.stages)]):
-                state_dict.update({prefix + name: weights[name] for name in resized})
-                layers = {name.rpartition('.')[0] for name in resized}
+            theirs = windows_of(weights)
+            changes = [
+                f'{theirs[m]} to {window} in stage {m + 1}'
+                for m, window in enumerate(self.window_sizes[: len(self.stages)])
+                if theirs.get(m, window) != window
+            ]
+            if changes:
                 say(
-                    f'LaViT: resized Psi and Theta of {len(layers)} layers from window sizes '
-                    f'{before} to {windows_of(weights)[: len(self.stages)]} by interpolation'
+                    'LaViT: Psi and Theta are interpolated to other windows: '
+                    f'from {", ".join(changes)}'
                 )
         super()._load_from_state_dict(state_dict, prefix, *args)
 

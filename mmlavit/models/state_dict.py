@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -13,11 +13,14 @@ from torch import Tensor
 
 from .arch import ARCHS, Arch
 
-_STAGE = re.compile(r'stages\.(\d+)\.')
-_PROJECTION = re.compile(r'stages\.(\d+)\.blocks\.\d+\.attn\.(qkv|v)\.weight')
+_BLOCK = re.compile(r'stages\.(\d+)\.blocks\.(\d+)\.(.+)')
+_RESIDUAL = re.compile(r'stages\.(\d+)\.attention_residual\.pwconv\.weight')
 _DOWNSAMPLE = re.compile(r'stages\.\d+\.downsample\.proj\.weight')
 _PATCHES = 'patch_embed.proj.weight'
-_WINDOW_WEIGHT = re.compile(r'stages\.(\d+)\.blocks\.\d+\.attn\.(psi|theta)')
+_STAGES = re.compile(r'stages\.\d+\.(blocks|downsample|attention_residual)\.')
+_OURS = re.compile(r'(patch_embed|stages|norm[0-3])\.')
+# What torch.compile, DDP, FSDP and checkpointing put into the names of what they wrap.
+_WRAPPERS = re.compile(r'\b(_orig_mod|module|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.')
 
 
 def strip_prefix(state_dict: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
@@ -37,38 +40,56 @@ def are_flattened(weights: Mapping[str, Tensor]) -> bool:
     )
 
 
-def observed_arch(weights: Mapping[str, Tensor]) -> dict[str, tuple]:
-    """Read the sizes of a LaViT off its weights.
+@dataclass
+class _Observed:
+    """What a state dict shows of a stage; None and nothing where it does not."""
 
-    Args:
-        weights: A LaViT's weights under their own names; some may be missing.
+    embed_dims: int | None = None
+    num_heads: int | None = None
+    hidden_dims: int | None = None
+    kinds: dict[int, str | None] = field(default_factory=dict)  # by layer: 'qkv', 'v' or None
 
-    Returns:
-        The fields of :class:`mmlavit.models.arch.Arch`, with a value for each stage that the
-        weights hold: None where the weights that show it are missing, as the heads of a single
-        stage are.
+    @property
+    def mlp_ratio(self) -> float | None:
+        """Hidden channels over channels."""
+        known = self.hidden_dims and self.embed_dims
+        return self.hidden_dims / self.embed_dims if known else None
+
+
+def _observe(weights: Mapping[str, Tensor]) -> dict[int, _Observed]:
+    """What a state dict shows of each stage that it has something of."""
+    stages: dict[int, _Observed] = {}
+    for name, weight in weights.items():
+        if match := _RESIDUAL.fullmatch(name):
+            m = int(match[1])
+            heads, prev_heads = weight.shape[:2]
+            stages.setdefault(m, _Observed()).num_heads = heads
+            if m == 1:
+                stages.setdefault(0, _Observed()).num_heads = prev_heads
+        elif match := _BLOCK.fullmatch(name):
+            stage, i, rest = stages.setdefault(int(match[1]), _Observed()), int(match[2]), match[3]
+            stage.kinds.setdefault(i, None)
+            if rest == 'norm1.weight':
+                stage.embed_dims = weight.shape[0]
+            elif rest == 'mlp.fc1.weight':
+                stage.hidden_dims = weight.shape[0]
+            elif rest.startswith('attn.qkv.'):
+                stage.kinds[i] = 'qkv'
+            elif rest.startswith(('attn.v.', 'attn.psi', 'attn.theta')):
+                stage.kinds[i] = 'v'
+    return stages
+
+
+def _holds_all(weights: Mapping[str, Tensor], stages: Mapping[int, _Observed]) -> bool:
+    """Whether these seem to be all the weights of a LaViT, so that layers that lack are none.
+
+    Weights of adapters alone, of some layers, or of one part are not.
     """
-    num_stages = len({match[1] for name in weights if (match := _STAGE.match(name))})
-    projections = [match.groups() for name in weights if (match := _PROJECTION.fullmatch(name))]
-
-    def size(name: str, axis: int = 0) -> int | None:
-        return weights[name].shape[axis] if name in weights else None
-
-    observed = defaultdict(tuple)
-    for m in range(num_stages):
-        dims = size(f'stages.{m}.blocks.0.norm1.weight')
-        hidden = size(f'stages.{m}.blocks.0.mlp.fc1.weight')
-        if m == 0:
-            heads = size('stages.1.attention_residual.pwconv.weight', axis=1)
-        else:
-            heads = size(f'stages.{m}.attention_residual.pwconv.weight')
-        vanilla = projections.count((str(m), 'qkv'))
-        observed['embed_dims'] += (dims,)
-        observed['num_heads'] += (heads,)
-        observed['depths'] += (vanilla + projections.count((str(m), 'v')),)
-        observed['vanilla_depths'] += (vanilla,)
-        observed['mlp_ratios'] += (hidden / dims if hidden and dims else None,)
-    return dict(observed)
+    starts = {name.partition('.')[0] for name in weights}
+    return 'patch_embed' in starts and all(
+        m in stages and all(stages[m].kinds.get(i) for i in range(1 + max(stages[m].kinds)))
+        for m in range(1 + max(stages, default=-1))
+    )
 
 
 def check_arch(
@@ -76,41 +97,46 @@ def check_arch(
 ) -> None:
     """Refuse the weights of another arch.
 
-    Stages that only the checkpoint has are what a smaller ``out_indices`` leaves out of the model,
-    and are no error.
+    Only what the weights show is compared. Weights that are missing are the business of ``strict``,
+    and stages that only the checkpoint has are what a smaller ``out_indices`` leaves out of the
+    model.
 
     Args:
-        weights: The checkpoint's weights under LaViT's own names.
+        weights: The checkpoint's weights under LaViT's own names; some may be missing.
         arch: Arch of the model.
         num_stages: How many stages the model built.
         in_channels: Input channels of the model.
 
     Raises:
-        ValueError: If the weights are no LaViT's, or of another arch, or take other input channels
-            or lack stages that the model has. The message names both archs.
+        ValueError: If the weights are no LaViT's, or of another arch, or take other input channels,
+            or are all the weights of a LaViT with fewer stages. The message names both archs.
     """
-    theirs = observed_arch(weights)
-    if not theirs:
+    if not (any(map(_STAGES.match, weights)) or all(map(_OURS.match, weights))):
         raise ValueError(
             f'the state dict holds no LaViT weights (it starts with {list(weights)[:3]}); to load '
             "the backbone of a larger model, give init_cfg a prefix such as 'backbone.'"
         )
-    ours = {name: getattr(arch, name)[:num_stages] for name in theirs}
-    if len(theirs['depths']) < num_stages:
+    weights = {_WRAPPERS.sub('', name): weight for name, weight in weights.items()}
+    stages = _observe(weights)
+    whole = _holds_all(weights, stages)
+    if whole and stages and len(stages) < num_stages:
         raise ValueError(
-            f'the checkpoint holds {len(theirs["depths"])} stage(s) of a LaViT {_name(theirs)}, '
+            f'the checkpoint holds {len(stages)} stage(s) of a LaViT {_name(stages)}, '
             f'the model has {num_stages}: it was saved with smaller out_indices'
         )
-    if not all(_agree(theirs[name], sizes) for name, sizes in ours.items()):
+    ours = {m: _expected(arch, m) for m in range(num_stages)}
+    if not all(_agree(stages[m], ours[m], whole) for m in ours if m in stages):
         raise ValueError(
-            f'the checkpoint is a LaViT {_name(theirs)}, the model is a LaViT {_name(ours)}; '
+            f'the checkpoint is a LaViT {_name(stages)}, the model is a LaViT {_name(ours)}; '
             'set arch to the one of the checkpoint, or load another checkpoint'
         )
     projection = weights.get('patch_embed.conv1.proj.weight', weights.get(_PATCHES))
     if projection is not None and projection.shape[1] != in_channels:
         raise ValueError(
             f'the checkpoint takes in_channels={projection.shape[1]}, '
-            f'the model in_channels={in_channels}'
+            f'the model in_channels={in_channels}; to go on with its weights, build the model with '
+            f'in_channels={projection.shape[1]}, or repeat or average the channels of '
+            f'{_PATCHES} (dim 1) and save them again'
         )
 
 
@@ -141,23 +167,43 @@ def check_options(weights: Mapping[str, Tensor], conv_stem: bool, overlap_downsa
         )
 
 
-def _agree(observed: tuple, sizes: tuple) -> bool:
-    """Whether two archs have the same sizes in the stages that both have, as far as is known."""
-    return all(o is None or o == s for o, s in zip(observed, sizes, strict=False))
-
-
-def _name(observed: Mapping[str, tuple]) -> str:
-    """``'small' (embed_dims=..., ...)``, the name being the family's where it is one of them."""
-    name = next(
-        (
-            name
-            for name, arch in ARCHS.items()
-            if all(_agree(sizes, getattr(arch, k)) for k, sizes in observed.items())
-        ),
-        'custom',
+def _expected(arch: Arch, stage: int) -> _Observed:
+    """What all weights of a stage of an arch would show."""
+    kinds = ['qkv' if i < arch.vanilla_depths[stage] else 'v' for i in range(arch.depths[stage])]
+    dims = arch.embed_dims[stage]
+    return _Observed(
+        dims, arch.num_heads[stage], int(dims * arch.mlp_ratios[stage]), dict(enumerate(kinds))
     )
-    sizes = ', '.join(f'{k}={v}' for k, v in observed.items())
-    return f'{name!r} ({sizes})'
+
+
+def _agree(observed: _Observed, expected: _Observed, whole: bool) -> bool:
+    """Whether what was seen of a stage fits, as far as it is known."""
+    if whole and len(observed.kinds) != len(expected.kinds):
+        return False
+    pairs = [(getattr(observed, n), getattr(expected, n)) for n in ('embed_dims', 'num_heads')]
+    pairs += [(observed.hidden_dims, expected.hidden_dims)]
+    # A layer that the model does not have fits nothing.
+    pairs += [(kind or 'any', expected.kinds.get(i)) for i, kind in observed.kinds.items()]
+    return all(o in (None, e) or (o == 'any' and e) for o, e in pairs)
+
+
+def _name(stages: Mapping[int, _Observed]) -> str:
+    """``'small' (embed_dims=..., ...)``, the name being the family's where it is one of them."""
+    names = [
+        name
+        for name, arch in ARCHS.items()
+        if all(_agree(stage, _expected(arch, m), whole=True) for m, stage in stages.items())
+    ]
+    by_stage = [stages[m] for m in sorted(stages)]
+    sizes = {
+        'embed_dims': tuple(s.embed_dims for s in by_stage),
+        'num_heads': tuple(s.num_heads for s in by_stage),
+        'depths': tuple(len(s.kinds) for s in by_stage),
+        'vanilla_depths': tuple(list(s.kinds.values()).count('qkv') for s in by_stage),
+        'mlp_ratios': tuple(s.mlp_ratio for s in by_stage),
+    }
+    listing = ', '.join(f'{name}={values}' for name, values in sizes.items())
+    return f'{(names or ["custom"])[0]!r} ({listing})'
 
 
 def resize_window_weight(weight: Tensor, window: int) -> Tensor:
@@ -201,34 +247,10 @@ def _interpolation(source: int, target: int, device: torch.device) -> Tensor:
     return resized.flatten(2)[0].T
 
 
-def fit_windows(weights: dict[str, Tensor], windows: Sequence[int]) -> list[str]:
-    """Resize every ``Psi`` and ``Theta`` whose window is not the model's, in place of the old one.
-
-    Args:
-        weights: The checkpoint's weights under LaViT's own names; changed in place.
-        windows: The window size of each stage of the model.
-
-    Returns:
-        The names that were resized.
-    """
-    resized = []
-    for name, weight in weights.items():
-        match = _WINDOW_WEIGHT.fullmatch(name)
-        if match is None or (stage := int(match[1])) >= len(windows):
-            continue
-        if weight.shape != (windows[stage] ** 2,) * 2:
-            weights[name] = resize_window_weight(weight, windows[stage])
-            resized.append(name)
-    return resized
-
-
-def windows_of(weights: Mapping[str, Tensor]) -> tuple[int | None, ...]:
-    """The window size of each stage, read off ``Psi``; None in a stage without less attention."""
-    windows: dict[int, int | None] = {}
-    for name, weight in weights.items():
-        if name.startswith('stages.'):
-            stage = int(name.split('.')[1])
-            windows.setdefault(stage, None)
-            if name.endswith('.psi'):
-                windows[stage] = math.isqrt(weight.shape[0])
-    return tuple(windows[stage] for stage in sorted(windows))
+def windows_of(weights: Mapping[str, Tensor]) -> dict[int, int]:
+    """The window size of each stage that shows it, read off ``Psi`` or ``Theta``."""
+    return {
+        int(match[1]): math.isqrt(weight.shape[0])
+        for name, weight in weights.items()
+        if (match := _BLOCK.fullmatch(name)) and match[3] in ('attn.psi', 'attn.theta')
+    }
