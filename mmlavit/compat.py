@@ -1,5 +1,8 @@
 """What the packages around mmlavit get wrong, and what it says when one is missing."""
 
+from __future__ import annotations
+
+import functools
 import gc
 import importlib
 import importlib.metadata
@@ -8,8 +11,12 @@ import pickle
 import sys
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
+
+if TYPE_CHECKING:
+    from mmengine.runner import Runner
 
 # torchvision registers "fake" kernels for these two on import, whether or not its compiled
 # library, which declares them, could be loaded. The schemas are torchvision's own.
@@ -123,6 +130,38 @@ def leave_process_group() -> None:
         torch.distributed.destroy_process_group()
 
 
+def let_cpus_take_part() -> None:
+    """Let several processes train and test without a GPU (``--launcher pytorch``, backend gloo).
+
+    MMEngine sets the process's CUDA device and gives DDP a GPU on any machine; both fail where
+    there is none.
+    """
+    from mmengine.device import get_device
+    from mmengine.dist import utils
+    from mmengine.runner import Runner
+
+    if get_device() != 'cpu' or hasattr(Runner.wrap_model, '__wrapped__'):
+        return
+
+    def init(backend: str, init_backend: str = 'torch', **kwargs: Any) -> None:
+        torch.distributed.init_process_group(backend=backend, **kwargs)
+
+    wrap = Runner.wrap_model
+
+    @functools.wraps(wrap)
+    def wrap_model(self: Runner, model_wrapper_cfg: dict | None, model: torch.nn.Module) -> Any:
+        if self.distributed and model_wrapper_cfg is None:
+            unused = self.cfg.get('find_unused_parameters', False)
+            model_wrapper_cfg = dict(broadcast_buffers=False, find_unused_parameters=unused)
+        kind = str((model_wrapper_cfg or {}).get('type', 'MMDistributedDataParallel'))
+        if model_wrapper_cfg is not None and kind.endswith('DistributedDataParallel'):
+            model_wrapper_cfg.setdefault('device_ids', None)
+        return wrap(self, model_wrapper_cfg, model)
+
+    utils._init_dist_pytorch = init
+    Runner.wrap_model = wrap_model
+
+
 def repair_config_bases() -> None:
     """Let configs inherit from `mmseg::...` whichever distribution provides mmseg.
 
@@ -158,7 +197,10 @@ def serve_config_bases() -> None:
     installed = package / '.mim' / 'configs'
     configs = installed if installed.is_dir() else package.parent / 'configs'
     find = Config._get_cfg_path
+    if hasattr(find, '__wrapped__'):
+        return
 
+    @functools.wraps(find)
     def find_ours_too(cfg_path: str, filename: str) -> tuple[str, str | None]:
         scope, separator, name = cfg_path.partition('::')
         if separator and scope == 'mmlavit':

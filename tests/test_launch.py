@@ -14,7 +14,6 @@ from types import ModuleType
 from typing import NamedTuple
 
 import pytest
-import torch
 from helpers import (
     ROOT,
     SHAPES_CONFIG,
@@ -414,20 +413,11 @@ atexit.register(note)
 def test_torchrun(tmp_path):
     """Two processes on the CPU share the images, and ``loss_dp`` comes through DDP."""
     (tmp_path / 'probe.py').write_text(PROBE)
-    # MMEngine's launcher calls torch.cuda.set_device on any machine, and gives DDP a GPU unless it
-    # is told how to wrap the model.
-    shim = 'import torch\n\ntorch.cuda.set_device = lambda device: None\n'
-    if not torch.cuda.is_available():
-        (tmp_path / 'without_cuda.py').write_text(shim)
-        imports = "['mmlavit', 'probe', 'without_cuda']"
-    else:
-        imports = "['mmlavit', 'probe']"
     config = write_config(
         tmp_path / 'config.py',
         None,
         f'_base_ = {str(SHAPES_CONFIG)!r}',
-        f'custom_imports = dict(imports={imports})',
-        "model_wrapper_cfg = dict(type='MMDistributedDataParallel', device_ids=None)",
+        "custom_imports = dict(imports=['mmlavit', 'probe'])",
     )
     data = make_shapes(tmp_path / 'shapes', 16, 2)
 

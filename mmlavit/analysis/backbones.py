@@ -13,7 +13,7 @@ from mmengine.runner import Runner
 from torch import Tensor, nn
 
 from ..engine.checkpoint_file import read_weights
-from ..engine.data_checks import refuse_empty_data
+from ..engine.data_checks import check_data
 from ..engine.launch import read_scope, require_package
 from ..models.state_dict import strip_prefix
 from .loading import AnalysisError, one_line
@@ -124,7 +124,7 @@ def load_images(name: str, count: int) -> Iterator[Tensor]:
     if settings is None:
         raise AnalysisError(f'{name} has no val_dataloader and no test_dataloader')
     init_default_scope(scope)
-    refuse_empty_data()
+    check_data()
     worker_options = ('persistent_workers', 'prefetch_factor', 'timeout')
     settings = {k: v for k, v in settings.items() if k not in worker_options}
     model = cfg.get('model', {})

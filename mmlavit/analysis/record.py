@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..engine.lavits import lavits
 from ..models.attention import VanillaAttention
 from ..models.block import Block
-from ..models.lavit import LaViT, Stage
+from ..models.lavit import Stage
 from ..models.windows import Slab, WindowGrid
 
 
@@ -123,10 +124,10 @@ def stages_of(
         TypeError: If ``stages`` is no sequence of integers.
         ValueError: If the model holds no LaViT, or its LaViT has no such stage.
     """
-    backbones = [(path, m) for path, m in model.named_modules() if isinstance(m, LaViT)]
+    backbones = lavits(model)
     if not backbones:
         raise ValueError(f'model must hold a LaViT, {type(model).__name__} holds none')
-    for path, backbone in backbones:
+    for path, backbone in backbones.items():
         for m in check_stages(stages, len(backbone.stages)):
             yield f'{path}.stages.{m}' if path else f'stages.{m}', m, backbone.stages[m]
 

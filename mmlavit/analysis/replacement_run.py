@@ -20,7 +20,7 @@ from mmengine.runner import Runner
 from torch import Tensor, nn
 
 from ..engine.checkpoint_file import read_weights
-from ..engine.data_checks import refuse_empty_data
+from ..engine.data_checks import check_data
 from .loading import AnalysisError, build_model, load_weights, one_line
 from .record import recording, stages_of
 from .replacement import HOWS, MeanAttention, replaceable, replaced
@@ -246,7 +246,7 @@ class _Evaluation:
             raise AnalysisError(f'{config} has no val_dataloader and no test_dataloader')
         self.is_fraction = cfg.default_scope == 'mmdet'
         self.hits = _Hits()
-        refuse_empty_data()
+        check_data()
         settings = cfg[f'{self.split}_dataloader']
         # What the packages print is no part of the report.
         with redirect_stdout(io.StringIO()):

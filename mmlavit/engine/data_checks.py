@@ -1,14 +1,17 @@
-"""Saying before the first step that a data set has nothing to use in it."""
+"""Saying before the first step what is wrong with a data set."""
 
 from __future__ import annotations
 
 import functools
+import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from mmengine.runner import FlexibleRunner, Runner
 from mmengine.runner.base_loop import BaseLoop
+from torch import nn
 from torch.utils.data import DataLoader
 
 from ..errors import MMLaViTError
@@ -16,24 +19,32 @@ from ..errors import MMLaViTError
 # What a data set without a single item raises while it is built: MMEngine's, packing its list of
 # none; mmpretrain's, finding no image.
 _NO_ITEM = r'need at least one array to concatenate|Found 0 files in subfolders of'
+# What mmdet and pycocotools read of each annotation.
+_KEYS = ('id', 'image_id', 'category_id', 'bbox', 'area', 'iscrowd')
+# What a module is called in a model of the three toolboxes that tells the data's classes apart;
+# not rpn_head, which tells things from the rest.
+_HEADS = ('bbox_head', 'mask_head', 'decode_head', 'auxiliary_head', 'head', 'seg_head')
 _REMEDY = 'check its ann_file, data_prefix, filter_cfg and the classes of its metainfo'
 
 
-class EmptyDataError(MMLaViTError, ValueError):
-    """A data set has nothing to use; the text is one line that names the data set."""
+class DataError(MMLaViTError, ValueError):
+    """A data set does not serve; the text is one line that names it."""
 
 
-def refuse_empty_data() -> None:
-    """Make MMEngine's runners refuse data with nothing in it.
+def check_data() -> None:
+    """Make MMEngine's runners look at their data before the first step.
 
     Without an image they fail in words that say nothing of data, or look for the next image for
     ever. Without a box that is inside its image and no crowd's, a detector trains, on background
-    alone.
+    alone; and one whose head has fewer classes than its data takes the others for background.
+    Annotations in COCO's format may lack what only the evaluation asks for, after an epoch.
     """
     for runner in (Runner, FlexibleRunner):
         if not hasattr(runner.build_dataloader, '__wrapped__'):
             runner.build_dataloader = staticmethod(_with_items(runner.build_dataloader))
-            runner.build_train_loop = _with_boxes(runner.build_train_loop)
+            runner.build_train_loop = _with_boxes(_with_classes(runner.build_train_loop))
+            runner.build_val_loop = _with_classes(runner.build_val_loop)
+            runner.build_test_loop = _with_classes(runner.build_test_loop)
 
 
 def _with_items(build: Callable[..., DataLoader]) -> Callable[..., DataLoader]:
@@ -42,12 +53,16 @@ def _with_items(build: Callable[..., DataLoader]) -> Callable[..., DataLoader]:
         message = f'{_name(dataloader)} has no image to use; {_REMEDY}'
         try:
             built = build(dataloader, *args, **kwargs)
+        except KeyError as error:
+            if error.args[0] in _KEYS and isinstance(dataloader, Mapping):
+                _check_file(dataloader)
+            raise
         except (ValueError, RuntimeError) as error:
             if not re.search(_NO_ITEM, str(error)):
                 raise
-            raise EmptyDataError(message) from error
+            raise DataError(message) from error
         if hasattr(built.dataset, '__len__') and len(built.dataset) == 0:
-            raise EmptyDataError(message)
+            raise DataError(message)
         return built
 
     return build_dataloader
@@ -60,13 +75,88 @@ def _with_boxes(build: Callable[..., BaseLoop]) -> Callable[..., BaseLoop]:
         built = build(self, loop)
         dataset = built.dataloader.dataset
         if not has_targets(dataset):
-            raise EmptyDataError(
+            raise DataError(
                 f'{name} has {len(dataset)} images and no box to train on: none is inside its '
                 f'image, of one of the classes and no crowd; {_REMEDY}'
             )
         return built
 
     return build_train_loop
+
+
+def _with_classes(build: Callable[..., BaseLoop]) -> Callable[..., BaseLoop]:
+    @functools.wraps(build)
+    def build_loop(self: Runner, loop: BaseLoop | dict) -> BaseLoop:
+        built = build(self, loop)
+        for metric in getattr(getattr(built, 'evaluator', None), 'metrics', ()):
+            coco = getattr(metric, '_coco_api', None)
+            if coco is not None:
+                _check_annotations(coco.dataset.get('annotations', ()), metric_file(metric))
+        if isinstance(self.model, nn.Module):
+            check_classes(self.model, built.dataloader.dataset)
+        return built
+
+    return build_loop
+
+
+def check_classes(model: nn.Module, dataset: Any) -> None:
+    """Hold the classes of every head against those of the data.
+
+    Args:
+        model: A detector, segmentor or classifier, wrapped or not.
+        dataset: A data set of MMEngine, or a wrapper of such.
+
+    Raises:
+        DataError: If a head has another ``num_classes``, or the classes are no list of names.
+    """
+    classes = (getattr(dataset, 'metainfo', None) or {}).get('classes')
+    if classes is None:
+        return
+    name = type(dataset).__name__
+    if isinstance(classes, str):
+        raise DataError(
+            f'{name}: classes of metainfo must be a tuple or list of names, got the text '
+            f'{classes!r}; write ({classes!r},)'
+        )
+    for path, module in model.named_modules():
+        number = getattr(module, 'num_classes', None)
+        # Heads in a list (cascades) have numbers after their names.
+        kind = re.sub(r'(\.\d+)+$', '', path).rpartition('.')[2]
+        if kind in _HEADS and isinstance(number, int) and number != len(classes):
+            raise DataError(
+                f'{path.removeprefix("module.")} has num_classes={number}, and the data set {name} '
+                f'has {len(classes)} classes ({", ".join(map(str, classes[:5]))}'
+                f'{", ..." if len(classes) > 5 else ""}); set num_classes of the model, or '
+                'metainfo=dict(classes=...) of the data'
+            )
+
+
+def metric_file(metric: Any) -> str:
+    """The annotations that a metric has read, as a message names them."""
+    return str(getattr(metric, 'ann_file', None) or f'of {type(metric).__name__}')
+
+
+def _check_file(dataloader: Mapping) -> None:
+    """Look into the annotation file of a data set that did not load."""
+    cfg = _innermost(dataloader)
+    if isinstance(cfg, Mapping) and cfg.get('ann_file'):
+        path = Path(cfg.get('data_root') or '', cfg['ann_file'])
+        if path.suffix == '.json' and path.is_file():
+            content = json.loads(path.read_text(encoding='utf-8'))
+            if isinstance(content, dict):
+                _check_annotations(content.get('annotations', ()), str(path))
+
+
+def _check_annotations(annotations: Sequence[Mapping], file: str) -> None:
+    for annotation in annotations:
+        for key in _KEYS:
+            if key not in annotation:
+                rest = {k: v for k, v in annotation.items() if k != 'segmentation'}
+                raise DataError(
+                    f"annotations {file} lack {key!r}, first in {rest}; in COCO's format each has "
+                    f'{", ".join(_KEYS)} (iscrowd is 0 but for crowds, area is width times height '
+                    'of a box without a mask)'
+                )
 
 
 def has_targets(dataset: Any) -> bool:
@@ -84,13 +174,19 @@ def has_targets(dataset: Any) -> bool:
     return False
 
 
-def _name(dataloader: DataLoader | Mapping) -> str:
-    """The type and place of a data set, within whatever wraps it."""
-    if not isinstance(dataloader, Mapping):
-        return f'the data set {type(dataloader.dataset).__name__}'
+def _innermost(dataloader: Mapping) -> Any:
+    """The config of a data set, within whatever wraps it."""
     cfg = dataloader['dataset']
     while isinstance(cfg, Mapping) and isinstance(cfg.get('dataset'), Mapping):
         cfg = cfg['dataset']
+    return cfg
+
+
+def _name(dataloader: DataLoader | Mapping) -> str:
+    """The type and place of a data set."""
+    if not isinstance(dataloader, Mapping):
+        return f'the data set {type(dataloader.dataset).__name__}'
+    cfg = _innermost(dataloader)
     if not isinstance(cfg, Mapping):
         return f'the data set {type(cfg).__name__}'
     places = [f'{k}={cfg[k]!r}' for k in ('data_root', 'ann_file', 'data_prefix') if cfg.get(k)]

@@ -9,12 +9,17 @@ import sys
 import traceback
 from importlib.util import find_spec
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
-from ..compat import leave_process_group, repair_torchvision
+import mmlavit
+
+from ..compat import leave_process_group, let_cpus_take_part, repair_torchvision
 from ..errors import MMLaViTError
 from .checkpoint_file import guard_checkpoints
-from .data_checks import refuse_empty_data
+from .data_checks import check_data
+
+if TYPE_CHECKING:
+    from mmengine.config import Config
 
 # The packages whose scripts we hand over to, under the name that configs call their scope, and the
 # distributions that provide them, maintained and original.
@@ -31,18 +36,20 @@ class LaunchError(MMLaViTError):
 
 
 def find_config(argv: list[str]) -> Path | None:
-    """The config among command-line arguments: the first that looks like a config file.
+    """The config among command-line arguments.
 
     Args:
         argv: Arguments of ``train.py`` or ``test.py``, without the script's own name.
 
     Returns:
-        Its path, or None.
+        The path of the first that is a file with the name of a config, one of Python before any
+        other; else the first that looks like one; or None.
     """
-    for arg in argv:
-        if arg.endswith(_CONFIG_SUFFIXES) and '=' not in arg and not arg.startswith('-'):
-            return Path(arg)
-    return None
+    named = [arg for arg in argv if arg.endswith(_CONFIG_SUFFIXES) and not arg.startswith('-')]
+    there = [arg for arg in named if Path(arg).is_file()]
+    python = [arg for arg in there if arg.endswith('.py')]
+    plain = [arg for arg in named if '=' not in arg]
+    return next((Path(arg) for arg in (*python, *there, *plain)), None)
 
 
 def read_scope(config: Path) -> str:
@@ -63,7 +70,8 @@ def read_scope(config: Path) -> str:
         raise LaunchError(f'config file not found: {config}')
     repair_torchvision()
     try:
-        scope = Config.fromfile(config).get('default_scope')
+        cfg = Config.fromfile(config)
+        scope = cfg.get('default_scope') or _scope_of_type(cfg)
     except Exception as error:
         reason = ' '.join(str(error).split()) or type(error).__name__
         # MMEngine names the distribution, or the package where both have one name.
@@ -74,10 +82,16 @@ def read_scope(config: Path) -> str:
         raise LaunchError(f'cannot read {config}: {reason}') from error
     if scope not in PACKAGES:
         raise LaunchError(
-            f'{config} has default_scope = {scope!r}; it must be one of {list(PACKAGES)}, for '
-            "example by inheriting from 'mmdet::_base_/default_runtime.py'"
+            f'{config} has default_scope = {scope!r}; it must be one of {list(PACKAGES)}: add, for '
+            "example, default_scope = 'mmdet'"
         )
     return scope
+
+
+def _scope_of_type(cfg: Config) -> str | None:
+    """The package of the model's type, in a config of pure Python, which names no scope."""
+    kind = (cfg.get('model') or {}).get('type')
+    return None if isinstance(kind, str) else getattr(kind, '__module__', '').partition('.')[0]
 
 
 def is_installed(package: str) -> bool:
@@ -146,7 +160,8 @@ def main(name: str) -> None:
         _fail(str(error))
     repair_torchvision()
     guard_checkpoints()
-    refuse_empty_data()
+    let_cpus_take_part()
+    check_data()
     try:
         runpy.run_path(str(script), run_name='__main__')
     except FileNotFoundError as error:
@@ -165,23 +180,22 @@ def main(name: str) -> None:
 
 
 def _said_by_us(error: BaseException) -> str | None:
-    """The message of an error that mmlavit raised on purpose, whoever repeated it since."""
-    # MMEngine's original build function raises an error of its own around that of a module.
-    chain = [error]
-    while error := error.__cause__ or error.__context__:
-        chain.append(error)
-    for error in chain:
-        for frame, line in list(traceback.walk_tb(error.__traceback__))[-1:]:
-            module = frame.f_globals.get('__name__', '')
-            statement = linecache.getline(frame.f_code.co_filename, line).strip()
-            if module.startswith('mmlavit.') and statement.startswith('raise '):
-                return str(error)
-        if unknown := re.fullmatch(
-            r'(LaViT|DiagonalityLossHook|AttentionHealthHook)\.__init__\(\) '
-            r"(got an unexpected keyword argument '.+')",
-            str(error),
-        ):
-            return f'{unknown[1]} {unknown[2]}; README.md lists its options'
+    """The message of an error that mmlavit raised on purpose, also where another repeats it."""
+    # MMEngine's original build function raises the same error again, with the class before it.
+    inner = error.__cause__ or error.__context__
+    while inner is not None and type(inner) is type(error) and str(error).endswith(str(inner)):
+        error, inner = inner, inner.__cause__ or inner.__context__
+    for frame, line in list(traceback.walk_tb(error.__traceback__))[-1:]:
+        module = frame.f_globals.get('__name__', '')
+        statement = linecache.getline(frame.f_code.co_filename, line).strip()
+        if module.startswith('mmlavit.') and statement.startswith('raise '):
+            return str(error)
+    unknown = re.fullmatch(
+        r'(\w+)\.__init__\(\) (got an unexpected keyword argument \'.+\')',
+        str(error).rpartition(': ')[2],
+    )
+    if unknown and unknown[1] in mmlavit.__all__:
+        return f'{unknown[1]} {unknown[2]}; README.md lists its options'
     return None
 
 

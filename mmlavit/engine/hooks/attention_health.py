@@ -9,14 +9,14 @@ from functools import partial
 import torch
 from mmengine.dist import is_main_process
 from mmengine.hooks import Hook
-from mmengine.model import is_model_wrapper
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
-from torch import Tensor, nn
+from torch import Tensor
 
 from ...models.attention import WindowAttention
 from ...models.lavit import LaViT
 from ...models.windows import WindowGrid
+from ..lavits import lavits_of
 
 # A stage is dead at more than _LIMIT of what is possible, _LOOKS times in a row.
 _LIMIT = 0.999
@@ -70,7 +70,8 @@ class AttentionHealthHook(Hook):
 
     Raises:
         TypeError: If ``interval`` is no integer.
-        ValueError: If it is less than 1 or, when training starts, if the model has no LaViT.
+        ValueError: If it is less than 1 or, when training starts, if the model's backbone is no
+            LaViT.
     """
 
     def __init__(self, interval: int = 100) -> None:
@@ -89,7 +90,7 @@ class AttentionHealthHook(Hook):
     def before_train(self, runner: Runner) -> None:
         """Find the LaViTs."""
         self.after_train(runner)
-        backbones = lavits(runner.model)
+        backbones = lavits_of(runner, type(self).__name__)
         self._backbones = backbones if is_main_process() else {}
         # The rate before is not known, so the first time that is due only notes it.
         self._rate = -math.inf
@@ -175,29 +176,6 @@ class AttentionHealthHook(Hook):
         if what not in self._said:
             self._said.add(what)
             runner.logger.warning(f'AttentionHealthHook: {text}.')
-
-
-def lavits(model: nn.Module) -> dict[str, LaViT]:
-    """The LaViTs inside a model, by their paths.
-
-    Args:
-        model: Any model, wrapped (DDP, FSDP) or not.
-
-    Returns:
-        The LaViTs.
-
-    Raises:
-        ValueError: If there is none.
-    """
-    while is_model_wrapper(model):
-        model = model.module
-    found = {path: module for path, module in model.named_modules() if isinstance(module, LaViT)}
-    if not found:
-        raise ValueError(
-            f'AttentionHealthHook needs a model with a LaViT backbone; {type(model).__name__} has '
-            'none; remove the hook'
-        )
-    return found
 
 
 @torch.no_grad()

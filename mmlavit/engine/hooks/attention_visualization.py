@@ -15,6 +15,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from ...models.lavit import LaViT
 from ...ops.mode import in_evaluation
+from ..lavits import lavits_of
 
 if TYPE_CHECKING:
     from ...analysis.saturation import LayerNumbers
@@ -69,7 +70,8 @@ class AttentionVisualizationHook(Hook):
 
     def before_train(self, runner: Runner) -> None:
         """Find the LaViT."""
-        backbone = _find_lavit(runner.model)
+        _refuse_shards(runner.model)
+        backbone = next(iter(lavits_of(runner, type(self).__name__).values()), None)
         try:
             import matplotlib  # noqa: F401
         except ImportError as error:
@@ -128,7 +130,7 @@ class AttentionVisualizationHook(Hook):
         return noted
 
 
-def _find_lavit(model: nn.Module) -> LaViT:
+def _refuse_shards(model: nn.Module) -> None:
     while is_model_wrapper(model):
         if not isinstance(model, (DataParallel, DistributedDataParallel)):
             raise ValueError(
@@ -137,13 +139,6 @@ def _find_lavit(model: nn.Module) -> LaViT:
                 'remove the hook'
             )
         model = model.module
-    backbones = [module for module in model.modules() if isinstance(module, LaViT)]
-    if not backbones:
-        raise ValueError(
-            'AttentionVisualizationHook needs a model with a LaViT backbone; '
-            f'{type(model).__name__} has none'
-        )
-    return backbones[0]
 
 
 @torch.no_grad()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 import torch
 from mmengine.hooks import Hook
@@ -15,6 +16,7 @@ from ...models.attention import LessAttention
 from ...models.diagonality import diagonality_preserving_loss
 from ...models.lavit import LaViT
 from ...models.windows import WindowGrid
+from ..lavits import lavits_of
 
 # What a checkpoint's meta has since the loss does not grow with the scores.
 _MARK = 'scale_free_diagonality_loss'
@@ -78,11 +80,14 @@ class DiagonalityLossHook(Hook):
         """Start watching the model that the runner trains, unless the weight is 0."""
         if not self.loss_weight:
             return
+        self.after_train(runner)
+        backbones = lavits_of(runner, type(self).__name__)
+        if not backbones:
+            return
+        layers = less_attention_layers(backbones.values())
         model = runner.model
         while is_model_wrapper(model):
             model = model.module
-        layers = less_attention_layers(model)
-        self.after_train(runner)
         self._handles = [
             model.register_forward_pre_hook(self._before_forward, with_kwargs=True),
             model.register_forward_hook(self._after_forward, with_kwargs=True),
@@ -141,24 +146,18 @@ class DiagonalityLossHook(Hook):
         return {**losses, 'loss_dp': self.loss_weight * total / len(seen)}
 
 
-def less_attention_layers(model: nn.Module) -> list[LessAttention]:
-    """The trainable less-attention layers of the LaViTs inside a model.
+def less_attention_layers(backbones: Iterable[LaViT]) -> list[LessAttention]:
+    """The trainable less-attention layers of some LaViTs.
 
     Args:
-        model: Any model.
+        backbones: The LaViTs.
 
     Returns:
         The layers.
 
     Raises:
-        ValueError: If there is no LaViT, or none of its layers is a trainable less-attention layer.
+        ValueError: If none of their layers is a trainable less-attention layer.
     """
-    backbones = [m for m in model.modules() if isinstance(m, LaViT)]
-    if not backbones:
-        raise ValueError(
-            'DiagonalityLossHook needs a model with a LaViT backbone; '
-            f'{type(model).__name__} has none'
-        )
     layers = [m for b in backbones for m in b.modules() if isinstance(m, LessAttention)]
     if not layers:
         raise ValueError(

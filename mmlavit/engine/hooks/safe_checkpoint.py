@@ -12,13 +12,13 @@ import re
 import zipfile
 from pathlib import Path
 
-from mmengine.dist import barrier, is_main_process
+from mmengine.dist import barrier, broadcast_object_list, is_main_process
 from mmengine.fileio import LocalBackend, register_backend
 from mmengine.hooks import CheckpointHook
 from mmengine.registry import HOOKS
 from mmengine.runner import IterBasedTrainLoop, Runner, find_latest_checkpoint
 
-from ..checkpoint_file import CheckpointError
+from ..checkpoint_file import CheckpointError, read_checkpoint
 
 _BACKEND = 'mmlavit_safe_local'
 # In the message hub, which MMEngine saves and restores. What starts with val is logged as a metric.
@@ -217,7 +217,10 @@ def require_whole(path: Path, template: str) -> None:
     Raises:
         CheckpointError: If it is; names the newest good one of those before it.
     """
-    reason = damage(path)
+    # One process reads all of the file; the others are told.
+    told = [damage(path) if is_main_process() else None]
+    broadcast_object_list(told)
+    (reason,) = told
     if reason is None:
         return
     found = _numbered(path.parent, template)
@@ -250,8 +253,15 @@ def damage(path: Path) -> str | None:
     if not path.is_file():
         return 'there is no such file'
     try:
+        with path.open('rb') as file:
+            if file.read(1) == b'\x80':
+                # The format before torch 1.6: a bare pickle, which has no checksums.
+                read_checkpoint(path)
+                return None
         with zipfile.ZipFile(path) as archive:
-            broken = archive.testzip()
+            # Without checksums, as torch.serialization.set_crc32_options(False) saves, they are 0.
+            has_checksums = any(entry.CRC for entry in archive.infolist())
+            broken = archive.testzip() if has_checksums else None
     except Exception as error:  # damaged headers raise whatever the wrong numbers lead to
         return f'the file is truncated or damaged ({error or type(error).__name__})'
     return broken and f'the file is damaged (wrong checksum of {broken})'

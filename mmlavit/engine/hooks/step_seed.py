@@ -29,8 +29,9 @@ class StepSeedHook(DistSamplerSeedHook):
 
     ``default_hooks = dict(sampler_seed=dict(type='StepSeedHook'))`` puts it in the place of
     MMEngine's DistSamplerSeedHook, whose work it does too. Before every iteration the generators
-    are seeded with the training's seed and the number of the iteration; before every batch of data
-    is loaded, in whatever process, with the seed, the rank, and the number of the batch. So
+    are seeded with the training's seed, the number of the iteration and the rank, so processes drop
+    other paths; before every batch of data is loaded, in whatever process, with the seed, the rank,
+    and the number of the batch. So
     augmentation does not depend on the number of workers, either.
 
     A training that is resumed inside an epoch goes on with the batches that the epoch had left,
@@ -73,7 +74,7 @@ class StepSeedHook(DistSamplerSeedHook):
         self, runner: Runner, batch_idx: int, data_batch: dict | tuple | list | None = None
     ) -> None:
         """Seed the iteration."""
-        torch.manual_seed(seed_process(_STEP, runner.seed, runner.iter))
+        torch.manual_seed(seed_process(_STEP, runner.seed, runner.iter, get_rank()))
 
     @staticmethod
     def _restore_seed(runner: Runner, sampler: Any) -> None:

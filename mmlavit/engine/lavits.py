@@ -1,0 +1,50 @@
+"""The LaViTs inside a model."""
+
+from __future__ import annotations
+
+from mmengine.model import is_model_wrapper
+from mmengine.runner import Runner
+from torch import nn
+
+from ..models.lavit import LaViT
+
+
+def lavits(model: nn.Module) -> dict[str, LaViT]:
+    """The LaViTs inside a model.
+
+    Args:
+        model: Any model, wrapped (DDP, FSDP) or not.
+
+    Returns:
+        By their paths in the unwrapped model; ``''`` is the path of the model itself.
+    """
+    while is_model_wrapper(model):
+        model = model.module
+    return {path: module for path, module in model.named_modules() if isinstance(module, LaViT)}
+
+
+def lavits_of(runner: Runner, hook: str) -> dict[str, LaViT]:
+    """The LaViTs that a hook works on.
+
+    Args:
+        runner: Whose model.
+        hook: Name of the hook, for messages.
+
+    Returns:
+        As :func:`lavits`. None, with a warning, for a model without any backbone: tools that draw
+        schedules train such a stand-in with the hooks of a config.
+
+    Raises:
+        ValueError: If the model has another backbone.
+    """
+    found = lavits(runner.model)
+    if found:
+        return found
+    model = runner.model
+    while is_model_wrapper(model):
+        model = model.module
+    text = f'{hook} needs a model with a LaViT backbone; {type(model).__name__} has none'
+    if any(path.rpartition('.')[2] == 'backbone' for path, _ in model.named_modules()):
+        raise ValueError(f'{text}; remove the hook')
+    runner.logger.warning(f'{text}, so there is nothing to do.')
+    return {}
