@@ -25,6 +25,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 
 from mmlavit import DiagonalityLossHook, wrap_lavit_blocks
 from mmlavit.compat import leave_process_group, repair_torchvision
+from mmlavit.engine.hooks import StepSeedHook
 
 WORLD = 2
 LOCAL_BATCH = 2
@@ -196,6 +197,15 @@ FSDP_CASES = {
 }
 
 
+def draws() -> list[Tensor]:
+    """What iterations 3, 4 and again 3 draw under StepSeedHook."""
+    hook, found = StepSeedHook(), []
+    for iteration in (3, 4, 3):
+        hook.before_train_iter(SimpleNamespace(seed=1, iter=iteration), 0)
+        found.append(torch.rand(8))
+    return found
+
+
 def run_cases(rank: int, folder: Path, port: int) -> None:
     """One of the two processes: all cases in one process group."""
     repair_torchvision()  # MMEngine's log of the environment imports it
@@ -207,6 +217,7 @@ def run_cases(rank: int, folder: Path, port: int) -> None:
         f'DDP {name}': partial(ddp_gradients, rank, **options)
         for name, options in DDP_CASES.items()
     }
+    cases['draws'] = draws
     if not needs_fsdp.args[0]:
         for name, options in FSDP_CASES.items():
             work_dir = folder / f'fsdp {name}'
@@ -263,6 +274,13 @@ def test_ddp_takes_the_step_of_one_process(found, name):
         for key, grad in expected.items():
             error = (result[key] - grad).abs().max() / grad.abs().max().clamp(min=1)
             assert error < tol, (key, error.item())
+
+
+def test_processes_drop_other_paths_and_again_the_same(found):
+    first, second = result_of(found, 'draws')
+    for of_rank in (first, second):
+        assert torch.equal(of_rank[0], of_rank[2]) and not torch.equal(of_rank[0], of_rank[1])
+    assert not any(torch.equal(a, b) for a, b in itertools.product(first, second))
 
 
 @pytest.mark.parametrize('frozen_stages', range(-1, 5))

@@ -121,6 +121,50 @@ def test_help_is_the_installed_packages_own(call, tmp_path, name):
     assert usage('--help') == helps['mmdet']
 
 
+@pytest.mark.parametrize(
+    'argv, wanted',
+    [
+        (['lr=0.001/seg.py', '--resume'], 'lr=0.001/seg.py'),
+        (['--out', 'result.json', 'configs/a.py'], 'configs/a.py'),
+        (['--cfg-options', 'x=configs/a.py', '--work-dir', 'old.yml', 'b.yaml'], 'b.yaml'),
+        (['--out=configs/a.py', 'missing.py', 'weights.pth'], 'missing.py'),
+        (['--cfg-options', 'load_from=weights.py'], None),
+        (['--help'], None),
+    ],
+)
+def test_the_config_is_the_argument_that_is_one(tmp_path, monkeypatch, argv, wanted):
+    monkeypatch.chdir(tmp_path)
+    for name in ('lr=0.001/seg.py', 'configs/a.py', 'result.json', 'b.yaml'):
+        Path(name).parent.mkdir(exist_ok=True)
+        Path(name).touch()
+    assert launch.find_config(argv) == (wanted and Path(wanted))
+
+
+PURE = """
+from mmdet.models.detectors import RetinaNet
+from mmengine.config import read_base
+model = dict(type=RetinaNet)
+"""
+
+
+def test_a_config_of_pure_python_belongs_to_the_package_of_its_model(tmp_path):
+    config = tmp_path / 'pure.py'
+    config.write_text(PURE)
+    assert launch.read_scope(config) == 'mmdet'
+
+
+def test_errors_inside_errors_keep_their_traceback(call, tmp_path, monkeypatch):
+    """Only what mmlavit raised in the end is a line."""
+    script = tmp_path / 'script.py'
+    monkeypatch.setattr(launch, 'find_script', lambda *_: script)
+    refused = 'from mmlavit import LaViT\ntry:\n    LaViT("huge")\nexcept ValueError as error:\n'
+    script.write_text(f'{refused}    raise type(error)(f"class LaViT in x.py: {{error}}")\n')
+    assert 'arch must be one of' in refusal(call('train.py'))
+    script.write_text(f'{refused}    raise KeyError("unrelated")\n')
+    with pytest.raises(KeyError, match='unrelated'):
+        call('train.py')
+
+
 @pytest.mark.parametrize('name', TOOLS)
 @pytest.mark.parametrize('package', SCOPES)
 def test_errors_of_the_arguments_are_argparses(call, tmp_path, name, package):
@@ -379,6 +423,39 @@ def test_missing_coco_in_a_test(tmp_path, size):
     result = run_tool('test.py', config, 'weights.pth', cwd=tmp_path)
     assert result.returncode == 2
     assert 'data/coco/annotations/instances_val2017.json' in the_one_line(result.stderr)
+
+
+# -- Other scripts ---------------------------------------------------------------------------------
+
+
+SCHEDULE = ['--dataset-size', '64', '--save-path', 'a.png']
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    'script, config, arguments, said',
+    [
+        ('analysis_tools/get_flops.py', 'semfpn_lavit_t_ade20k', [], 'Flops'),
+        ('analysis_tools/get_flops.py', 'lavit_t_imagenet', [], 'Flops'),
+        ('misc/print_config.py', 'retinanet_lavit_n_shapes', [], 'AttentionHealthHook'),
+        ('visualization/vis_scheduler.py', 'maskrcnn_lavit_n_shapes', SCHEDULE, ''),
+        ('visualization/vis_scheduler.py', 'lavit_n_shapes', SCHEDULE, ''),
+    ],
+)
+def test_any_script_of_a_toolbox_starts(tmp_path, script, config, arguments, said):
+    path = ROOT / 'configs' / f'{config}.py'
+    result = run_tool('tool.py', script, path, *arguments, cwd=tmp_path)
+    assert_ran(result)
+    assert said in result.stdout + result.stderr
+    assert '--save-path' not in arguments or (tmp_path / 'a.png').stat().st_size > 1000
+
+
+def test_a_script_that_no_toolbox_has(tmp_path):
+    result = run_tool('tool.py', 'no.py', ROOT / 'configs/lavit_n_shapes.py', cwd=tmp_path)
+    assert result.returncode == 2 and "no toolbox has a script 'no.py'" in the_one_line(
+        result.stderr
+    )
+    assert 'get_flops.py' in result.stderr
 
 
 # -- Launchers -------------------------------------------------------------------------------------

@@ -378,6 +378,27 @@ def test_flipped_bits_are_found_where_they_change_what_is_loaded(tmp_path):
     assert unseen_by_torch > 0
 
 
+@pytest.mark.parametrize('cut', [0, 1000])
+@pytest.mark.parametrize('form', ['bare pickle', 'without checksums'])
+def test_files_without_checksums_are_damaged_only_where_they_are(tmp_path, form, cut):
+    path = tmp_path / 'epoch_1.pth'
+    weights = {'a': torch.arange(1000.0)}
+    if form == 'bare pickle':
+        torch.save(weights, path, _use_new_zipfile_serialization=False)
+    elif not hasattr(torch.serialization, 'set_crc32_options'):
+        pytest.skip(f'torch {torch.__version__} always saves checksums')
+    else:
+        torch.serialization.set_crc32_options(False)
+        try:
+            torch.save(weights, path)
+        finally:
+            torch.serialization.set_crc32_options(True)
+    path.write_bytes(path.read_bytes()[: -cut or None])
+    assert (damage(path) is None) == (cut == 0)
+    if not cut:
+        require_whole(path, 'epoch_{}.pth')
+
+
 # -- Full disks ------------------------------------------------------------------------------------
 
 

@@ -109,7 +109,8 @@ def check_classes(model: nn.Module, dataset: Any) -> None:
     Raises:
         DataError: If a head has another ``num_classes``, or the classes are no list of names.
     """
-    classes = (getattr(dataset, 'metainfo', None) or {}).get('classes')
+    metainfo = getattr(dataset, 'metainfo', None)
+    classes = metainfo.get('classes') if isinstance(metainfo, Mapping) else None
     if classes is None:
         return
     name = type(dataset).__name__
@@ -165,7 +166,7 @@ def has_targets(dataset: Any) -> bool:
     Args:
         dataset: A data set of MMEngine, or a wrapper of such.
     """
-    if not hasattr(dataset, 'get_data_info'):
+    if not hasattr(dataset, 'get_data_info') or not len(dataset):
         return True
     for index in range(len(dataset)):
         instances = dataset.get_data_info(index).get('instances')

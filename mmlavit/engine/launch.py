@@ -117,10 +117,11 @@ def require_package(package: str) -> None:
 def find_script(name: str, argv: list[str]) -> Path:
     """The installed package's own script for the config on a command line.
 
-    Without a config (as in ``--help``) the first installed package's script answers.
+    Without a config (as in ``--help``) the first installed package's script answers. What that
+    package does not have (mmpretrain alone draws schedules, say) is looked for in the others.
 
     Args:
-        name: ``'train.py'`` or ``'test.py'``.
+        name: ``'train.py'``, ``'test.py'``, or another path in a toolbox's folder ``tools``.
         argv: Arguments of the script.
 
     Returns:
@@ -139,20 +140,29 @@ def find_script(name: str, argv: list[str]) -> Path:
     else:
         package = read_scope(config)
         require_package(package)
-    script = Path(find_spec(package).origin).parent / '.mim' / 'tools' / name
-    if not script.is_file():
+    tools = {p: _tools(p) for p in (package, *PACKAGES) if is_installed(p)}
+    script = next((tools[p] / name for p in tools if (tools[p] / name).is_file()), None)
+    if not tools[package].is_dir():
         raise LaunchError(
-            f'{package} is installed without its tools ({script} is missing); install it with pip '
-            'from its wheel or sdist'
+            f'{package} is installed without its tools ({tools[package]} is missing); install it '
+            'with pip from its wheel or sdist'
         )
+    if script is None:
+        names = sorted({path.name for folder in tools.values() for path in folder.glob('*/*.py')})
+        raise LaunchError(f'no toolbox has a script {name!r}; in folders, they have {names}')
     return script
+
+
+def _tools(package: str) -> Path:
+    """The folder of a toolbox's scripts."""
+    return Path(find_spec(package).origin).parent / '.mim' / 'tools'
 
 
 def main(name: str) -> None:
     """Run the installed package's ``name`` with this process's arguments, as if called directly.
 
     Args:
-        name: ``'train.py'`` or ``'test.py'``.
+        name: ``'train.py'``, ``'test.py'``, or another path in a toolbox's folder ``tools``.
     """
     try:
         script = find_script(name, sys.argv[1:])
