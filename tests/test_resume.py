@@ -477,10 +477,10 @@ def test_mmengines_own_hooks_lose_what_ours_keep(lab):
     )
     shutil.copytree(half, lab.folder / 'mmengine_full')
     resumed = lab.train('epoch', half.name, '--resume', '--cfg-options', *MMENGINES)
-    with pytest.raises(AssertionError, match='differs'):
-        assert_same_training(resumed, expected, LAST['epoch'])
-    far = load(resumed / 'epoch_4.pth')['state_dict'], load(expected / 'epoch_4.pth')['state_dict']
-    print('largest difference', max((far[0][k] - far[1][k]).abs().max().item() for k in far[0]))
+    mine, theirs = (load(folder / LAST['epoch'])['state_dict'] for folder in (resumed, expected))
+    far = max((mine[name] - theirs[name]).abs().max().item() for name in theirs)
+    print('largest difference', far)
+    assert far > 0
 
     # A disk that is full: the checkpoint before is gone, and a torn one bears the name of the new.
     work_dir = lab.folder / 'mmengine_full'
