@@ -4,6 +4,7 @@ import inspect
 import math
 from dataclasses import asdict
 
+import numpy as np
 import pytest
 import reference
 import torch
@@ -507,3 +508,37 @@ def test_weights_start_at_their_scale_and_are_reproducible():
             assert torch.equal(module.psi, torch.eye(64)) and torch.equal(
                 module.theta, torch.eye(64)
             )
+
+
+@pytest.mark.parametrize(
+    'given, same',
+    [
+        (dict(out_indices=3), dict(out_indices=(3,))),
+        (dict(out_indices=(-1,)), dict(out_indices=(3,))),
+        (dict(out_indices=[1, -1]), dict(out_indices=(1, 3))),
+        (dict(out_indices=np.array([0, 2])), dict(out_indices=(0, 2))),
+        (dict(window_sizes=4), dict(window_sizes=(4, 4, 4, 4))),
+        (dict(window_sizes=np.int64(4)), dict(window_sizes=(4, 4, 4, 4))),
+        (dict(window_sizes=np.array([8, 8, 4, 4])), dict(window_sizes=(8, 8, 4, 4))),
+        (dict(frozen_stages=np.int32(2)), dict(frozen_stages=2)),
+        (dict(in_channels=np.int64(3)), dict(in_channels=3)),
+    ],
+)
+def test_takes_what_the_field_takes(given, same):
+    torch.manual_seed(0)
+    lenient = LaViT(ARCH, **given)
+    torch.manual_seed(0)
+    plain = LaViT(ARCH, **same)
+    for name in ('out_indices', 'window_sizes', 'frozen_stages', 'in_channels'):
+        value = getattr(lenient, name)
+        assert value == getattr(plain, name) and 'numpy' not in str(type(value)), name
+    x = images(1, 3, 40, 24).float()
+    assert all(map(torch.equal, lenient.eval()(x), plain.eval()(x)))
+
+
+@pytest.mark.parametrize('out_indices', [(0, 1, 2, 3), (1, 3), 2])
+def test_says_what_its_maps_are(out_indices):
+    model = LaViT(ARCH, out_indices=out_indices)
+    maps = model(torch.zeros(1, 3, 64, 96))
+    assert model.out_channels == tuple(m.shape[1] for m in maps)
+    assert [(64 // s, 96 // s) for s in model.strides] == [tuple(m.shape[2:]) for m in maps]

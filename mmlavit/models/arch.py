@@ -5,9 +5,44 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 
+import numpy as np
+
 NUM_STAGES = 4
 #: Fields of :class:`Arch` that are no sizes, and that an argument of LaViT may overrule.
 OPTIONS = ('conv_stem', 'overlap_downsample')
+
+
+def as_int(name: str, value: object) -> int:
+    """An integer of Python's or NumPy's, as one of Python's.
+
+    Args:
+        name: The argument, for the message.
+        value: What the user gave.
+
+    Raises:
+        TypeError: If it is none; True and False are none.
+    """
+    if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, np.integer)):
+        raise TypeError(f'{name} must be an integer, got {value!r}')
+    return int(value)
+
+
+def as_ints(name: str, values: object) -> list[int]:
+    """A sequence or an array of integers as a list.
+
+    Args:
+        name: The argument, for the message.
+        values: What the user gave.
+
+    Raises:
+        TypeError: If it is none.
+    """
+    if isinstance(values, str) or not isinstance(values, (Sequence, np.ndarray)):
+        raise TypeError(f'{name} must be a sequence of integers, got {values!r}')
+    try:
+        return [as_int(name, value) for value in values]
+    except TypeError:
+        raise TypeError(f'{name} must hold integers, got {values!r}') from None
 
 
 def per_stage_ints(name: str, values: object, minimum: int = 1) -> tuple[int, ...]:
@@ -25,18 +60,15 @@ def per_stage_ints(name: str, values: object, minimum: int = 1) -> tuple[int, ..
         TypeError: If it is not a sequence of integers.
         ValueError: If there are not four, or one is under ``minimum``.
     """
-    if not isinstance(values, Sequence) or isinstance(values, str):
-        raise TypeError(f'{name} must be a sequence of {NUM_STAGES} integers, got {values!r}')
-    if any(not isinstance(v, int) or isinstance(v, bool) for v in values):
-        raise TypeError(f'{name} must hold integers, got {values!r}')
-    if len(values) != NUM_STAGES:
+    found = as_ints(name, values)
+    if len(found) != NUM_STAGES:
         raise ValueError(
-            f'{name} must have one value for each of the {NUM_STAGES} stages, got {len(values)}: '
+            f'{name} must have one value for each of the {NUM_STAGES} stages, got {len(found)}: '
             f'{values!r}'
         )
-    if any(v < minimum for v in values):
+    if any(v < minimum for v in found):
         raise ValueError(f'{name} must be at least {minimum} in every stage, got {values!r}')
-    return tuple(values)
+    return tuple(found)
 
 
 @dataclass(frozen=True)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..ops.mode import keeps_activations
-from .arch import NUM_STAGES, Arch, per_stage_ints
+from .arch import NUM_STAGES, Arch, as_int, as_ints, per_stage_ints
 from .attention import LessAttention, VanillaAttention
 from .attention_residual import AttentionResidual
 from .base import BaseModule, register, say
@@ -116,11 +117,11 @@ class LaViT(BaseModule):
             ``num_heads``, ``depths``, ``vanilla_depths`` and ``mlp_ratios``, each with a value for
             every stage. Defaults to ``'small'``.
         in_channels: Channels of the image. Defaults to 3.
-        window_sizes: Side of the windows of each stage, in tokens. Windows must nest:
+        window_sizes: Side of the windows of each stage, in tokens, or one for all. Windows nest:
             ``2 * w[m] / w[m-1]`` is a whole number and ``w[m-1]`` is even. ``(56, 28, 14, 7)`` is
             the paper to the letter at 224 x 224. Defaults to (8, 8, 8, 8).
-        out_indices: Stages to return, ascending. Later stages are not built.
-            Defaults to (0, 1, 2, 3).
+        out_indices: Stages to return, ascending, or a single one; -1 is the last. Later stages are
+            not built. Defaults to (0, 1, 2, 3).
         conv_stem: Ours, not the paper's: two 3 x 3 convolutions of stride 2
             (:class:`~mmlavit.models.block.ConvStem`) in place of the 4 x 4 patches. Defaults to
             None: what ``arch`` says, which is True for ``'nano'`` and False for all others.
@@ -154,8 +155,8 @@ class LaViT(BaseModule):
         self,
         arch: str | Mapping = 'small',
         in_channels: int = 3,
-        window_sizes: Sequence[int] = (8, 8, 8, 8),
-        out_indices: Sequence[int] = (0, 1, 2, 3),
+        window_sizes: int | Sequence[int] = (8, 8, 8, 8),
+        out_indices: int | Sequence[int] = (0, 1, 2, 3),
         conv_stem: bool | None = None,
         overlap_downsample: bool | None = None,
         drop_rate: float = 0.0,
@@ -169,6 +170,8 @@ class LaViT(BaseModule):
     ) -> None:
         super().__init__(init_cfg=_complete_init_cfg(init_cfg))
         arch = Arch.of(arch)
+        if isinstance(window_sizes, (int, np.integer)) and not isinstance(window_sizes, bool):
+            window_sizes = (window_sizes,) * NUM_STAGES
         window_sizes = per_stage_ints('window_sizes', window_sizes)
         for prev_window, window in zip(window_sizes[:-1], window_sizes[1:], strict=True):
             nesting_ratio(prev_window, window)
@@ -427,8 +430,7 @@ def _pretrained(init_cfg: dict | list[dict] | None) -> list[dict]:
 
 
 def _check_int(name: str, value: object, minimum: int, maximum: int | None = None) -> int:
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError(f'{name} must be an integer, got {value!r}')
+    value = as_int(name, value)
     if value < minimum or (maximum is not None and value > maximum):
         limits = f'at least {minimum}' if maximum is None else f'in {minimum}..{maximum}'
         raise ValueError(f'{name} must be {limits}, got {value}')
@@ -456,13 +458,14 @@ def _check_rate(name: str, value: object) -> float:
 
 
 def _check_out_indices(values: object) -> tuple[int, ...]:
-    if not isinstance(values, Sequence) or any(
-        not isinstance(v, int) or isinstance(v, bool) for v in values
-    ):
-        raise TypeError(f'out_indices must be a sequence of integers, got {values!r}')
-    if not values or list(values) != sorted(set(values)) or not 0 <= values[0] <= values[-1] < 4:
+    if isinstance(values, (int, np.integer)) and not isinstance(values, bool):
+        values = (values,)
+    given = as_ints('out_indices', values)
+    stages = [v + NUM_STAGES if v < 0 else v for v in given]
+    fits = all(0 <= m < NUM_STAGES for m in stages)
+    if not stages or not fits or stages != sorted(set(stages)):
         raise ValueError(
-            'out_indices must be ascending stages out of (0, 1, 2, 3), without repeats, got '
-            f'{values!r}'
+            'out_indices must be ascending stages out of (0, 1, 2, 3), or -4 to -1 counted from '
+            f'the last, without repeats, got {values!r}'
         )
-    return tuple(values)
+    return tuple(stages)
