@@ -1,6 +1,6 @@
 """mmlavit: the Less-Attention Vision Transformer (LaViT) as a backbone for OpenMMLab.
 
-Where MMEngine is installed, importing this package registers what :data:`__all__` names in it, and
+Where MMEngine is installed, importing this package registers what ``__all__`` names in it, and
 lets configs inherit from ``mmlavit::...`` (and, where MMEngine knows mmseg by another name, from
 ``mmseg::...``). Without MMEngine there is the model alone, a plain ``torch.nn.Module``.
 """

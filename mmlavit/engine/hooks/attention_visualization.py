@@ -106,7 +106,7 @@ class AttentionVisualizationHook(Hook):
                 'is nothing to log.'
             )
             return
-        layers = measure(self._backbone, noted)
+        layers = _measure(self._backbone, noted)
         runner.visualizer.add_scalars(_scalars(layers), step=step)
         from ...analysis.saturation_figures import draw_curves, draw_heat_maps, to_image
 
@@ -142,7 +142,7 @@ def _refuse_shards(model: nn.Module) -> None:
 
 
 @torch.no_grad()
-def measure(backbone: LaViT, images: Tensor) -> list[LayerNumbers]:
+def _measure(backbone: LaViT, images: Tensor) -> list[LayerNumbers]:
     """The numbers of each layer of a LaViT, which is left as it was.
 
     Args:

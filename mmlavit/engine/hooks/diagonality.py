@@ -28,9 +28,10 @@ class DiagonalityLossHook(Hook):
 
     While the model computes its losses in training, the hook notes the scores of each
     less-attention layer and adds ``loss_dp`` to the dict of losses that the model returns: the mean
-    of :func:`diagonality_preserving_loss` over those layers, times ``loss_weight``. From there on
-    it is a loss like any other: summed, scaled by AMP, accumulated, reduced by DDP, logged. Layers
-    in frozen stages do not count. Nothing runs in validation and test.
+    of :func:`~mmlavit.models.diagonality.diagonality_preserving_loss` over those layers, times
+    ``loss_weight``. From there on it is a loss like any other: summed, scaled by AMP, accumulated,
+    reduced by DDP, logged. Layers in frozen stages do not count. Nothing runs in validation and
+    test.
 
     MMEngine logs the sum of all losses as ``loss``. A model whose own loss has that name, as
     mmpretrain's classifiers, would hide the sum, so it is logged as ``loss_task``.
