@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.flop_counter import register_flop_formula
+from torch.utils import flop_counter
 
 from .mode import is_traced, is_transformed
 from .recompute import autocasts, gradients, is_plain, recomputes
@@ -21,9 +21,9 @@ from .recompute import autocasts, gradients, is_plain, recomputes
 _onednn_linear = None
 if torch.backends.mkldnn.is_available():
     _onednn_linear = getattr(torch.ops.mkldnn, '_linear_pointwise', None)
-if _onednn_linear is not None:
+if _onednn_linear is not None and hasattr(flop_counter, 'register_flop_formula'):  # torch 2.2
 
-    @register_flop_formula(_onednn_linear)
+    @flop_counter.register_flop_formula(_onednn_linear)
     def _count(x: torch.Size, weight: torch.Size, *_: Any, **__: Any) -> int:
         return 2 * math.prod(x) * weight[0]
 
