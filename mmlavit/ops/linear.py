@@ -21,7 +21,8 @@ from .recompute import autocasts, gradients, is_plain, recomputes
 _onednn_linear = None
 if torch.backends.mkldnn.is_available():
     _onednn_linear = getattr(torch.ops.mkldnn, '_linear_pointwise', None)
-if _onednn_linear is not None and hasattr(flop_counter, 'register_flop_formula'):  # not in torch 2.1
+# torch 2.1 has no such function.
+if _onednn_linear is not None and hasattr(flop_counter, 'register_flop_formula'):
 
     @flop_counter.register_flop_formula(_onednn_linear)
     def _count(x: torch.Size, weight: torch.Size, *_: Any, **__: Any) -> int:
