@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops.mode import keeps_activations
+from .. import ops
 from .attention import LessAttention, VanillaAttention
 from .mlp import MLP
-from .windows import Slab, pad_map
+from .windows import WindowGrid, pad_map
 
 
 class PatchEmbed(nn.Module):
@@ -130,42 +128,20 @@ class Block(nn.Module):
         self.mlp = MLP(embed_dims, int(embed_dims * mlp_ratio), drop_rate)
         self.drop_path = DropPath(drop_path_rate)
 
-    def forward(
-        self, x: Tensor, slabs: Sequence[Slab], scores: Sequence[Tensor | None]
-    ) -> tuple[Tensor, list[Tensor]]:
+    @ops.lean
+    def forward(self, x: Tensor, grid: WindowGrid, scores: Tensor | None) -> tuple[Tensor, Tensor]:
         """Run the layer.
-
-        All but the position convolution stays within windows, so it runs slab by slab.
 
         Args:
             x: Map of tokens (B, H, W, embed_dims).
-            slabs: Pieces of that map, all together the whole of it. With gradients there may be
-                only one.
-            scores: For each slab what the attention takes beside the tokens: the residual from the
-                previous stage or None (vanilla), the scores of the layer before (less).
+            grid: Grid of the windows over that map.
+            scores: What the attention takes beside the tokens (windows, heads, n, n): the residual
+                from the previous stage or None (vanilla), the scores of the layer before (less).
 
         Returns:
-            The new map and each slab's scores (windows, heads, n, n).
+            The new map and this layer's scores (windows, heads, n, n).
         """
-        x = self.add_position(x)
-        if len(slabs) == 1 and keeps_activations(self):
-            (slab,), (given,) = slabs, scores
-            z, kept = self.attn(x, slab.grid, given, self.norm1)
-            x = x + self.drop_path(z)
-            return x + self.drop_path(self.mlp(x, self.norm2)), [kept]
-        # The same in place. The hidden activations of a slab stay in the cache, and memory that one
-        # slab has used serves the next instead of coming fresh from the system, page by page.
-        kept = []
-        for slab, given in zip(slabs, scores, strict=True):
-            tokens = slab.of(x)
-            z, slab_scores = self.attn(tokens, slab.grid, given, self.norm1)
-            tokens += z
-            tokens += self.mlp(tokens, self.norm2)
-            kept.append(slab_scores)
-        return x, kept
-
-    def add_position(self, x: Tensor) -> Tensor:
-        """``x + conv(x)`` over the map of tokens (B, H, W, embed_dims)."""
-        branch = self.pos_conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-        # In place, unless autocast made the branch narrower than the stream, which must stay wide.
-        return branch.add_(x) if branch.dtype == x.dtype else x + branch
+        x = x + self.pos_conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        z, scores = self.attn(self.norm1(x), grid, scores)
+        x = x + self.drop_path(z)
+        return x + self.drop_path(self.mlp(self.norm2(x))), scores

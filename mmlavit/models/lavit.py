@@ -8,9 +8,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from ..ops.mode import keeps_activations
+from .. import ops
 from .arch import NUM_STAGES, Arch, as_int, as_ints, per_stage_ints
 from .attention import LessAttention, VanillaAttention
 from .attention_residual import AttentionResidual
@@ -24,11 +23,6 @@ from .state_dict import (
     windows_of,
 )
 from .windows import WindowGrid, nesting_ratio
-
-# In inference on a CPU a layer works on up to so many tokens at a time. Few stay in the cache, many
-# keep products large: 4096 and a whole map of 800 x 1280 took 1.1 times as long on two Xeon cores,
-# 2048 and a whole map 1.2 and 1.3 times on two Zen cores.
-SLAB_TOKENS = 16384
 
 # Standard deviation, at the start, of the weights of position convolutions (before they are
 # centred) and of projections that write to the tokens, in a stage of at most START_LAYERS layers;
@@ -65,40 +59,25 @@ class Stage(nn.Module):
         self.with_cp = with_cp
 
     def forward(
-        self, x: Tensor, scores: list[Tensor] | None, prev: WindowGrid | None
-    ) -> tuple[Tensor, list[Tensor], WindowGrid]:
+        self, x: Tensor, scores: Tensor | None, prev: WindowGrid | None
+    ) -> tuple[Tensor, Tensor, WindowGrid]:
         """Run the stage.
 
         Args:
             x: Map of tokens (B, H', W', C') of the previous stage (or the patch embedding's).
-            scores: The previous stage's last scores, slab by slab, or None.
+            scores: The previous stage's last scores, or None.
             prev: The previous stage's grid, or None.
 
         Returns:
-            The map (B, H, W, C), its last scores, for each slab a tensor (windows, heads, n, n),
-            and its grid.
+            The map (B, H, W, C), its last scores (windows, heads, n, n), and its grid.
         """
         if self.downsample is not None:
             x = self.downsample(x)
         grid = WindowGrid(*x.shape[1:3], self.window)
-        if keeps_activations(self) or x.device.type != 'cpu':
-            slabs = grid.whole(x.shape[0])
-        else:
-            slabs = grid.slabs(x.shape[0], SLAB_TOKENS)
-        nothing = [None] * len(slabs)
-        residual = nothing
+        residual = None
         if self.attention_residual is not None:
-            whole = self.attention_residual(scores, prev, grid)
-            residual = [whole] if len(slabs) == 1 else whole.split([s.count for s in slabs])
-        for i, block in enumerate(self.blocks):
-            if i == 0:
-                scores = residual
-            elif isinstance(block.attn, VanillaAttention):
-                scores = nothing
-            if self.with_cp and x.requires_grad:
-                x, scores = checkpoint(block, x, slabs, scores, use_reentrant=False)
-            else:
-                x, scores = block(x, slabs, scores)
+            residual = self.attention_residual(scores, prev, grid)
+        x, scores = ops.layers(self.blocks, x, grid, residual, self.with_cp)
         return x, scores, grid
 
 

@@ -159,10 +159,10 @@ class WindowGrid:
         return x[:, : self.height, : self.width] if self.padded else x
 
     def partition(self, x: Tensor, num_parts: int, num_heads: int) -> Tensor:
-        """Cut a padded map into windows and its channels into parts and heads, in one copy.
+        """Cut a map into windows, the last ones filled up with zeros, and its channels into heads.
 
         Args:
-            x: Map (B, rows * window, cols * window, num_parts * num_heads * d).
+            x: Map of tokens (B, height, width, num_parts * num_heads * d).
             num_parts: Equal runs of channels that come apart first (3 for Q, K, V; 1 for V).
             num_heads: Heads in each part.
 
@@ -170,22 +170,22 @@ class WindowGrid:
             Tensor (num_parts, B * rows * cols, num_heads, n, d).
         """
         w, d = self.window, x.shape[-1] // (num_parts * num_heads)
-        x = x.reshape(-1, self.rows, w, self.cols, w, num_parts, num_heads, d)
+        x = self.pad(x).reshape(-1, self.rows, w, self.cols, w, num_parts, num_heads, d)
         x = x.permute(5, 0, 1, 3, 6, 2, 4, 7)
         return x.reshape(num_parts, -1, num_heads, w * w, d)
 
     def merge(self, x: Tensor) -> Tensor:
-        """Put windows and heads back into a padded map; the inverse of :meth:`partition`.
+        """Put windows and heads back into a map; the inverse of :meth:`partition`.
 
         Args:
             x: Tensor (B * rows * cols, num_heads, n, d).
 
         Returns:
-            Map (B, rows * window, cols * window, num_heads * d).
+            Map of tokens (B, height, width, num_heads * d).
         """
         num_heads, d, w = x.shape[1], x.shape[3], self.window
         x = x.reshape(-1, self.rows, self.cols, num_heads, w, w, d).permute(0, 1, 4, 2, 5, 3, 6)
-        return x.reshape(-1, self.rows * w, self.cols * w, num_heads * d)
+        return self.crop(x.reshape(-1, self.rows * w, self.cols * w, num_heads * d))
 
     def pad_and_partition(self, x: Tensor, num_parts: int, num_heads: int) -> Tensor:
         """``partition(pad(x))`` in one copy; gradients do not come through it.
@@ -246,6 +246,19 @@ class WindowGrid:
         end = whole * self.window
         runs = [(slice(0, whole), slice(0, end), self.window)] if whole else []
         return [*runs, (slice(whole, whole + 1), slice(end, size), rest)] if rest else runs
+
+    def pairs_by_block(self, pairs: Tensor) -> Tensor:
+        """Maps of pairs with the four tokens of each 2 x 2 block one after the other, on both axes.
+
+        Args:
+            pairs: (B * rows * cols, num_heads, n, n), in the order of the tokens, row by row.
+
+        Returns:
+            Tensor like ``pairs``.
+        """
+        s = self.window // 2
+        x = pairs.reshape(*pairs.shape[:2], s, 2, s, 2, s, 2, s, 2)
+        return x.permute(0, 1, 2, 4, 3, 5, 6, 8, 7, 9).reshape(pairs.shape)
 
     def fill_padded(
         self, pairs: Tensor, *, queries: float | None = None, keys: float | None = None
