@@ -132,9 +132,8 @@ def sharpen(model: LaViT, x: Tensor, std: float = STD) -> LaViT:
     """
 
     def scale(block: Block, args: tuple, output: tuple) -> tuple:
-        tokens, slabs, given = args
-        grid = WindowGrid(*tokens.shape[1:3], slabs[0].grid.window)
-        found = spread(torch.cat(list(output[1])).unflatten(0, (len(tokens), -1)), grid)
+        tokens, grid, given = args
+        found = spread(output[1].unflatten(0, (len(tokens), -1)), grid)
         if math.isnan(found):
             return output
         factor = std / found
@@ -143,10 +142,10 @@ def sharpen(model: LaViT, x: Tensor, std: float = STD) -> LaViT:
         else:
             for parameter in block.attn.qkv.parameters():
                 parameter[: block.attn.proj.in_features] *= factor
-            if given[0] is not None:
+            if given is not None:
                 residuals[block].layer_scale *= factor
-                given = [factor * residual for residual in given]
-        return block.forward(tokens, slabs, given)
+                given = factor * given
+        return block.forward(tokens, grid, given)
 
     residuals = {stage.blocks[0]: stage.attention_residual for stage in model.stages}
     hooks = [b.register_forward_hook(scale) for stage in model.stages for b in stage.blocks]

@@ -6,13 +6,13 @@ import torch
 from small import images, seeded, spread
 from torch import Tensor, nn
 
-from mmlavit.models.attention import LessAttention, VanillaAttention, two_sided_linear
+from mmlavit.models.attention import LessAttention, VanillaAttention
 from mmlavit.models.attention_residual import AttentionResidual
 from mmlavit.models.block import Block
 from mmlavit.models.windows import WindowGrid
+from mmlavit.ops import inference, two_sided_linear
 
 DIMS, HEADS = 12, 3
-IDENTITY = nn.Identity()
 GRIDS = [(8, 8, 4), (5, 7, 4), (3, 3, 8), (9, 4, 4)]
 
 
@@ -65,7 +65,7 @@ def test_vanilla_attention_is_equation_4(height, width, window, with_residual, d
     attn = noisy(VanillaAttention(DIMS, HEADS)).to(dtype)
     x = images(1, height, width, DIMS).to(dtype)
     residual = random_scores(grid, HEADS).to(dtype) if with_residual else None
-    out, scores = attn(x, grid, residual, IDENTITY)
+    out, scores = attn(x, grid, residual)
     assert 1 < spread(scores[None], grid) < 3
     given = as_dict(residual, grid) if with_residual else None
     expected, expected_scores = reference.vanilla_attention(
@@ -82,7 +82,7 @@ def test_less_attention_is_equation_5(height, width, window, dtype, tol):
     grid = WindowGrid(height, width, window)
     attn = noisy(LessAttention(DIMS, HEADS, window)).to(dtype)
     x, prev = images(1, height, width, DIMS).to(dtype), random_scores(grid, HEADS).to(dtype)
-    out, scores = attn(x, grid, prev, IDENTITY)
+    out, scores = attn(x, grid, prev)
     assert 1 < spread(scores[None], grid) < 3
     expected, expected_scores = reference.less_attention(
         x[0], as_dict(prev, grid), attn.state_dict(), HEADS, window
@@ -105,7 +105,7 @@ def test_attention_residual_is_equations_6_and_7(height, width, prev_window, win
         as_dict(scores, prev), residual.state_dict(), prev_window, window, (grid.height, grid.width)
     )
     assert any(m.any() for m in expected.values())
-    assert_scores(residual([scores], prev, grid), expected, grid, 1e-10)
+    assert_scores(residual(scores, prev, grid), expected, grid, 1e-10)
 
 
 @torch.no_grad()
@@ -113,9 +113,7 @@ def test_the_residual_is_the_same_whichever_way_the_scores_lie_in_memory():
     prev, grid = WindowGrid(8, 8, 4), WindowGrid(4, 4, 4)
     residual, scores = noisy(AttentionResidual(3, 4, 4, 4)), random_scores(prev, 3)
     lying = scores.mT.contiguous().mT
-    expected = residual([scores], prev, grid)
-    for parts in ([lying], scores.split([1, 3]), [scores[:2], lying[2:]]):
-        torch.testing.assert_close(residual(parts, prev, grid), expected)
+    torch.testing.assert_close(residual(lying, prev, grid), residual(scores, prev, grid))
 
 
 @pytest.mark.parametrize('lying', [False, True])
@@ -139,8 +137,8 @@ def test_with_identity_psi_and_theta_a_layer_attends_exactly_as_the_one_before()
     less.v.bias.copy_(vanilla.qkv.bias[2 * DIMS :])
     less.proj.load_state_dict(vanilla.proj.state_dict())
     x = images(1, 7, 9, DIMS)
-    expected, scores = vanilla(x, grid, None, IDENTITY)
-    out, kept = less(x, grid, scores, IDENTITY)
+    expected, scores = vanilla(x, grid, None)
+    out, kept = less(x, grid, scores)
     assert torch.equal(kept, scores)
     torch.testing.assert_close(out, expected, rtol=0, atol=1e-14)
 
@@ -172,7 +170,7 @@ def test_block_is_the_reference_block(kind):
     attn = VanillaAttention(DIMS, HEADS) if kind == 'vanilla' else LessAttention(DIMS, HEADS, 4)
     block = noisy(Block(DIMS, attn, 2))
     x, given = images(1, 6, 5, DIMS), random_scores(grid, HEADS)
-    out, (scores,) = block(x, grid.whole(1), [given])
+    out, scores = block(x, grid, given)
     residual, prev = (
         (as_dict(given, grid), None) if kind == 'vanilla' else (None, as_dict(given, grid))
     )
@@ -181,21 +179,27 @@ def test_block_is_the_reference_block(kind):
     assert_scores(scores, expected_scores, grid, 1e-10)
 
 
-def test_a_block_gives_the_same_with_and_without_gradients():
-    """Without gradients it runs in place, slab by slab."""
+@torch.no_grad()
+@pytest.mark.parametrize('kind', ['vanilla', 'less'])
+@pytest.mark.parametrize('tokens', [1, 200, 700, 1300, 10_000])
+def test_layers_come_to_the_same_in_pieces(kind, tokens, monkeypatch):
+    """In place, slab by slab."""
     grid = WindowGrid(30, 21, 4)
-    block = noisy(Block(DIMS, VanillaAttention(DIMS, HEADS), 2))
-    x = images(3, 30, 21, DIMS)
-    kept = x.clone()
-    expected, (scores,) = block(x, grid.whole(3), [None])
-    for tokens in (1, 200, 700, 1300, 10_000):
-        slabs = grid.slabs(3, tokens)
-        for lying in (x, x.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)):
-            with torch.no_grad():
-                out, parts = block(lying, slabs, [None] * len(slabs))
-            torch.testing.assert_close(out, expected.detach(), rtol=0, atol=1e-12)
-            torch.testing.assert_close(torch.cat(parts), scores.detach(), rtol=0, atol=1e-12)
-    assert torch.equal(x, kept), 'the input must stay as it was'
+    made = [VanillaAttention(DIMS, HEADS) for _ in range(2)]
+    if kind == 'less':
+        made[1] = LessAttention(DIMS, HEADS, 4)
+    blocks = noisy(nn.ModuleList(Block(DIMS, attn, 2) for attn in made))
+    x, residual = images(3, 30, 21, DIMS), random_scores(grid, HEADS).repeat(3, 1, 1, 1)
+    kept = x.clone(), residual.clone()
+    expected, scores = blocks[0](x, grid, residual)
+    expected, scores = blocks[1](expected, grid, scores if kind == 'less' else None)
+    monkeypatch.setattr(inference, 'SLAB_TOKENS', tokens)
+    for lying in (x, x.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)):
+        assert inference.serves(blocks, lying)
+        out, found = inference.layers(blocks, lying, grid, residual)
+        torch.testing.assert_close(out, expected, rtol=0, atol=1e-12)
+        torch.testing.assert_close(found, scores, rtol=0, atol=1e-12)
+    assert torch.equal(x, kept[0]) and torch.equal(residual, kept[1]), 'what it was given changed'
 
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
@@ -205,9 +209,9 @@ def test_autocast_does_not_narrow_the_stream_between_layers(dtype):
     block = noisy(Block(DIMS, VanillaAttention(DIMS, HEADS), 2)).float()
     x = images(1, 6, 5, DIMS).to(dtype)
     with torch.no_grad():
-        expected = block(x.float(), grid.whole(1), [None])[0]
+        expected = block(x.float(), grid, None)[0]
         with torch.autocast('cpu', dtype=torch.bfloat16):
-            out = block(x, grid.whole(1), [None])[0]
+            out = block(x, grid, None)[0]
     assert out.dtype == dtype
     torch.testing.assert_close(out.float(), expected, rtol=0.1, atol=0.1)
 
@@ -222,9 +226,9 @@ def test_gradcheck():
     parameters += [residual.layer_scale, vanilla.qkv.weight]
 
     def run(x: Tensor, y: Tensor, *_: Tensor) -> Tensor:  # gradcheck moves the parameters in place
-        _, scores = first(x, prev, None, IDENTITY)
-        _, scores = vanilla(y, grid, residual([scores], prev, grid), IDENTITY)
-        return less(y, grid, scores, IDENTITY)[0]
+        _, scores = first(x, prev, None)
+        _, scores = vanilla(y, grid, residual(scores, prev, grid))
+        return less(y, grid, scores)[0]
 
     x = images(1, 5, 3, 4, seed=2).requires_grad_()
     y = images(1, 3, 2, 4, seed=3).requires_grad_()

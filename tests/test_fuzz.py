@@ -6,6 +6,7 @@
 import math
 import os
 import random
+import sys
 from collections import Counter
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -21,10 +22,9 @@ from small import STD, STEEP, allowed, largest, largest_difference, move_weights
 from torch import Tensor
 
 from mmlavit import LaViT
-from mmlavit.models import attention, attention_residual, mlp
-from mmlavit.models import lavit as backbone
 from mmlavit.models.block import ConvStem, PatchEmbed
 from mmlavit.models.windows import Slab, WindowGrid
+from mmlavit.ops import inference
 
 STAGES = 4
 
@@ -57,7 +57,6 @@ class Case:
     training: bool
     grad: str
     slab_tokens: int
-    chunk_size: int
     std: float
     seed: int
 
@@ -203,9 +202,8 @@ def cases(draw: st.DrawFn) -> Case:
         channels_last_model=draw(st.booleans()),
         training=draw(st.booleans()),
         grad=grad,
-        # Images this small would otherwise always be one slab and one chunk.
-        slab_tokens=draw(st.sampled_from([backbone.SLAB_TOKENS, 30, 10, 1])),
-        chunk_size=draw(st.sampled_from([mlp.CHUNK_SIZE, 1000, 50])),
+        # Images this small would otherwise always be one slab.
+        slab_tokens=draw(st.sampled_from([inference.SLAB_TOKENS, 30, 10, 1])),
         std=draw(st.sampled_from([STD, STD, STEEP])),
         seed=draw(st.integers(0, 2**31)),
     )
@@ -275,10 +273,7 @@ def check(case: Case) -> None:
         x = x.detach().requires_grad_()
         sources.append(x)
 
-    with (
-        mock.patch.object(backbone, 'SLAB_TOKENS', case.slab_tokens),
-        mock.patch.object(mlp, 'CHUNK_SIZE', case.chunk_size),
-    ):
+    with mock.patch.object(inference, 'SLAB_TOKENS', case.slab_tokens):
         with case.context(), case.autocast():
             maps = model(x)
         ours = results(case, maps, sources)
@@ -372,7 +367,7 @@ def no_fill(grid: WindowGrid, pairs: Tensor, **values: float) -> None:
     """Padded pairs stay as they are."""
 
 
-def psi_and_theta_swapped(scores: Tensor, psi: Tensor, theta: Tensor) -> Tensor:
+def psi_and_theta_swapped(scores: Tensor, psi: Tensor, theta: Tensor, *_: object) -> Tensor:
     return theta @ scores @ psi.mT
 
 
@@ -383,11 +378,11 @@ def slabs_from_the_top(grid: WindowGrid, batch: int, tokens: int) -> list[Slab]:
     return [replace(slab, image=0, row=0) for slab in original_slabs(grid, batch, tokens)]
 
 
-original_halves = attention_residual.halve_pairs
+original_rows = sys.modules['mmlavit.ops.halve_pairs']._rows_of_keys
 
 
 def rows_for_columns(scores: Tensor, kernel: Tensor) -> Tensor:
-    return original_halves(scores, kernel.transpose(2, 3))
+    return original_rows(scores, kernel.transpose(2, 3))
 
 
 original_embed = PatchEmbed.forward
@@ -403,12 +398,12 @@ def stem_without_gelu(stem: ConvStem, x: Tensor) -> Tensor:
 
 
 FAULTS = {
-    'padded keys not masked': (attention, 'key_mask', no_mask),
+    'padded keys not masked': ('attend', 'key_mask', no_mask),
     'padded pairs not cleared in inference': (WindowGrid, 'fill_padded', no_fill),
-    'padded pairs not cleared': (attention, 'zero_padded_pairs', lambda scores, grid: scores),
-    'Psi for Theta': (attention, 'two_sided_linear', psi_and_theta_swapped),
+    'padded pairs not cleared': ('less_attention', 'zero_padded_pairs', lambda scores, _: scores),
+    'Psi for Theta': ('inference', 'two_sided_linear', psi_and_theta_swapped),
     'every slab the first one': (WindowGrid, 'slabs', slabs_from_the_top),
-    'the residual turned': (attention_residual, 'halve_pairs', rows_for_columns),
+    'the residual turned': ('halve_pairs', '_rows_of_keys', rows_for_columns),
     'overlap on the other sides': (PatchEmbed, 'forward', overlap_below_and_right),
     'no GELU in the stem': (ConvStem, 'forward', stem_without_gelu),
 }
@@ -416,5 +411,8 @@ FAULTS = {
 
 @pytest.mark.parametrize('fault', FAULTS)
 def test_a_fault_is_found(fault):
-    with mock.patch.object(*FAULTS[fault]), pytest.raises(AssertionError, match='is allowed'):
+    place, name, other = FAULTS[fault]
+    if isinstance(place, str):
+        place = sys.modules[f'mmlavit.ops.{place}']
+    with mock.patch.object(place, name, other), pytest.raises(AssertionError, match='is allowed'):
         fuzz(100, start=0, shrink=False)

@@ -15,7 +15,7 @@ from ..engine.lavits import lavits
 from ..models.attention import VanillaAttention
 from ..models.block import Block
 from ..models.lavit import Stage
-from ..models.windows import Slab, WindowGrid
+from ..models.windows import WindowGrid
 
 
 @dataclass(frozen=True)
@@ -166,16 +166,15 @@ def check_stages(stages: Sequence[int] | None, count: int) -> list[int]:
 def _layer_attention(
     place: tuple[str, int, int],
     block: Block,
-    args: tuple[Tensor, Sequence[Slab], Sequence[Tensor | None]],
-    scores: Sequence[Tensor],
+    args: tuple[Tensor, WindowGrid, Tensor | None],
+    scores: Tensor,
     device: torch.device | str | None,
 ) -> LayerAttention:
-    """What a block that ran with ``args`` and came to ``scores``, slab by slab, attended to."""
-    x, slabs, given = args
-    grid = WindowGrid(*x.shape[1:3], slabs[0].grid.window)
+    """What a block that ran with ``args`` and came to ``scores`` attended to."""
+    x, grid, given = args
     is_vanilla = isinstance(block.attn, VanillaAttention)
     # A vanilla layer is given what the previous stage left, or nothing.
-    residual = given if is_vanilla and given[0] is not None else None
+    residual = given if is_vanilla else None
     whole = _whole(scores, x.shape[0], device)
     return LayerAttention(
         *place,
@@ -187,9 +186,9 @@ def _layer_attention(
     )
 
 
-def _whole(parts: Sequence[Tensor], batch: int, device: torch.device | str | None) -> Tensor:
-    """Maps of the slabs, in order, as a copy (B, windows, heads, n, n) in float32."""
-    return torch.cat([part.to(device, torch.float32) for part in parts]).unflatten(0, (batch, -1))
+def _whole(scores: Tensor, batch: int, device: torch.device | str | None) -> Tensor:
+    """Maps of all windows as a copy (B, windows, heads, n, n) in float32."""
+    return scores.to(device, torch.float32, copy=True).unflatten(0, (batch, -1))
 
 
 def _softmax(scores: Tensor, grid: WindowGrid) -> Tensor:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import partial
 from typing import Any
 
 import torch
@@ -13,7 +12,8 @@ from torch import Tensor, nn
 from ..models.attention import LessAttention, WindowAttention
 from ..models.block import Block
 from ..models.lavit import Stage
-from ..models.windows import Slab, WindowGrid
+from ..models.windows import WindowGrid
+from ..ops.attend import key_mask, masked_softmax
 from .record import LayerAttention, attention_name, stages_of
 
 # What takes the place of the attention maps, and of what makes the scores.
@@ -66,16 +66,14 @@ class MeanAttention:
         self._sums[layer.name] = self._sums.get(layer.name, 0) + total
         self._images[layer.name] = self._images.get(layer.name, 0) + layer.attn.shape[0]
 
-    def scores(self, name: str) -> tuple[Tensor, WindowGrid]:
-        """What a softmax makes the mean attention of.
+    def of(self, name: str) -> tuple[Tensor, WindowGrid]:
+        """The mean attention of a layer.
 
         Args:
             name: Path of the attention module in the model.
 
         Returns:
-            The logarithm of the mean (windows, heads, n, n), in float64, and the grid of the
-            windows. It is very low instead of infinite where the mean is 0, as in rows of padded
-            queries.
+            The mean (windows, heads, n, n), in float64, and the grid of the windows.
 
         Raises:
             ValueError: If there is no mean.
@@ -84,8 +82,7 @@ class MeanAttention:
             raise ValueError(self.refusal)
         if name not in self._sums:
             raise ValueError(f'mean must have seen every layer to replace, it has not seen {name}')
-        mean = self._sums[name] / self._images[name]
-        return mean.clamp(min=torch.finfo(mean.dtype).tiny).log(), self._grids[name]
+        return self._sums[name] / self._images[name], self._grids[name]
 
 
 @contextmanager
@@ -99,9 +96,9 @@ def replaced(
     """Put something simple in the place of what a LaViT has learnt, inside the ``with``.
 
     Of these, the first three take the place of the attention maps, in vanilla and less-attention
-    layers. They change what goes through the softmax, and not the scores that a layer hands on to
-    the next one and to the next stage. The others take the place of what makes the scores, and so
-    change those of the layers that follow, too.
+    layers, and not of the scores that a layer hands on to the next one and to the next stage. The
+    others take the place of what makes the scores, and so change those of the layers that follow,
+    too.
 
     - ``'even'``: every token attends to all real tokens of its window alike.
     - ``'identity'``: every token attends to itself alone, so ``Z = V``.
@@ -200,67 +197,61 @@ def _make_identity(undo: ExitStack, attn: WindowAttention) -> None:
 def _replace_maps(
     undo: ExitStack, block: Block, how: str, name: str, mean: MeanAttention | None
 ) -> None:
-    if mean is None:
-        other = {'even': _even, 'identity': _identity}[how]
-    else:
-        other = _MeanScores(*mean.scores(name))
-        undo.callback(block.register_forward_pre_hook(other.expect).remove)
-    if isinstance(block.attn, LessAttention):
-        # The fused kernel has the softmax inside.
-        _set(undo, block.attn, 'fused', False)
-    _set(undo, block.attn, 'attend', partial(_attend, block.attn, other))
+    make = _Mean(*mean.of(name)) if mean else {'even': _even, 'identity': _identity}[how]
+    other = _Other(block.attn.attn_drop, make)
+    undo.callback(block.register_forward_pre_hook(other.expect).remove)
+    _set(undo, block.attn, 'attn_drop', other)
 
 
-def _attend(
-    attn: WindowAttention,
-    other: Callable[[Tensor], Tensor],
-    scores: Tensor,
-    v: Tensor,
-    grid: WindowGrid,
-) -> Tensor:
-    """``attn.attend`` with other scores, which it may overwrite as it does its own."""
-    return type(attn).attend(attn, other(scores), v, grid)
-
-
-def _even(scores: Tensor) -> Tensor:
-    return scores.new_zeros(scores.shape)
-
-
-def _identity(scores: Tensor) -> Tensor:
-    # Not minus infinity, with which padded queries, to whom no key is left, would become NaN and
-    # spoil the gradients of the projection.
-    lowest = torch.finfo(scores.dtype).min
-    diagonal = torch.eye(scores.shape[-1], dtype=torch.bool, device=scores.device)
-    return scores.new_full(scores.shape, lowest).masked_fill_(diagonal, 0)
-
-
-class _MeanScores:
-    """The part of a layer's mean scores that belongs to a slab.
+class _Other(nn.Module):
+    """In the place of the dropout on the attention: other attention, and the dropout on that.
 
     Args:
-        scores: (windows, heads, n, n).
+        drop: The dropout.
+        make: Makes the attention like (windows, heads, n, n), on a grid.
+    """
+
+    def __init__(self, drop: nn.Module, make: Callable[[Tensor, WindowGrid], Tensor]) -> None:
+        super().__init__()
+        self.drop = drop
+        self.make = make
+        self.grid: WindowGrid | None = None
+
+    def expect(self, block: Block, args: tuple[Tensor, WindowGrid, Tensor | None]) -> None:
+        """Note, before a layer runs, on which grid it will attend."""
+        self.grid = args[1]
+
+    def forward(self, attn: Tensor) -> Tensor:
+        """The other attention."""
+        return self.drop(self.make(attn, self.grid).to(attn.dtype))
+
+
+def _even(attn: Tensor, grid: WindowGrid) -> Tensor:
+    mask = key_mask(grid, attn) if grid.padded else None
+    return masked_softmax(attn.new_zeros(attn.shape), mask)
+
+
+def _identity(attn: Tensor, grid: WindowGrid) -> Tensor:
+    return torch.eye(attn.shape[-1], dtype=attn.dtype, device=attn.device).expand(attn.shape)
+
+
+class _Mean:
+    """A layer's mean attention.
+
+    Args:
+        attn: (windows of an image, heads, n, n).
         grid: Grid of the windows.
     """
 
-    def __init__(self, scores: Tensor, grid: WindowGrid) -> None:
-        self.scores = scores
+    def __init__(self, attn: Tensor, grid: WindowGrid) -> None:
+        self.attn = attn
         self.grid = grid
-        self.slabs: Iterator[Slab] = iter(())
 
-    def expect(self, block: Block, args: tuple[Tensor, Sequence[Slab], Sequence]) -> None:
-        """Note, before a layer runs, in which pieces it will attend."""
-        x, slabs, _ = args
-        grid = WindowGrid(*x.shape[1:3], self.grid.window)
+    def __call__(self, attn: Tensor, grid: WindowGrid) -> Tensor:
         if grid != self.grid:
             raise ValueError(
                 f'mean is of images that come to this layer as {self.grid.height} x '
                 f'{self.grid.width} tokens, got {grid.height} x {grid.width}; all images must be '
                 'of one size'
             )
-        self.slabs = iter(slabs)
-
-    def __call__(self, scores: Tensor) -> Tensor:
-        slab = next(self.slabs)
-        first = slab.row // self.grid.window * self.grid.cols
-        windows = self.scores[first : first + slab.grid.rows * slab.grid.cols]
-        return windows.to(scores).repeat(slab.images, 1, 1, 1)
+        return self.attn.to(attn).repeat(len(attn) // len(self.attn), 1, 1, 1)

@@ -56,6 +56,5 @@ class AttentionResidual(nn.Module):
         Returns:
             Tensor (windows, num_heads, n, n): what to add to the first scores of this stage.
         """
-        x = ops.saturate(self.dwconv(prev.pairs_by_block(scores)))
-        x = ops.saturate(self.pwconv(x))
+        x = ops.halve_pairs(scores, self.dwconv, self.pwconv)
         return grid.nest(x * self.layer_scale[:, None, None], prev)

@@ -99,17 +99,6 @@ class WindowGrid:
         sides = self.rows * self.window, self.cols * self.window
         return is_traced() or sides != (self.height, self.width)
 
-    def whole(self, batch: int) -> list[Slab]:
-        """A batch of maps in one piece.
-
-        Args:
-            batch: Maps in the batch.
-
-        Returns:
-            One slab.
-        """
-        return [Slab(0, batch, 0, self)]
-
     def slabs(self, batch: int, tokens: int) -> list[Slab]:
         """Cut a batch of maps into pieces that share no window.
 
@@ -246,19 +235,6 @@ class WindowGrid:
         end = whole * self.window
         runs = [(slice(0, whole), slice(0, end), self.window)] if whole else []
         return [*runs, (slice(whole, whole + 1), slice(end, size), rest)] if rest else runs
-
-    def pairs_by_block(self, pairs: Tensor) -> Tensor:
-        """Maps of pairs with the four tokens of each 2 x 2 block one after the other, on both axes.
-
-        Args:
-            pairs: (B * rows * cols, num_heads, n, n), in the order of the tokens, row by row.
-
-        Returns:
-            Tensor like ``pairs``.
-        """
-        s = self.window // 2
-        x = pairs.reshape(*pairs.shape[:2], s, 2, s, 2, s, 2, s, 2)
-        return x.permute(0, 1, 2, 4, 3, 5, 6, 8, 7, 9).reshape(pairs.shape)
 
     def fill_padded(
         self, pairs: Tensor, *, queries: float | None = None, keys: float | None = None

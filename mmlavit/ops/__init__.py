@@ -6,6 +6,7 @@ cache of a CPU).
 """
 
 from .attend import attend
+from .halve_pairs import halve_pairs
 from .layers import layers
 from .lean import lean
 from .less_attention import less_attention
@@ -14,6 +15,7 @@ from .scores import scaled_product, two_sided_linear
 
 __all__ = [
     'attend',
+    'halve_pairs',
     'layers',
     'lean',
     'less_attention',

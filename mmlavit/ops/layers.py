@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..models.windows import WindowGrid
+from . import inference
 
 
 def layers(
-    blocks: Iterable[nn.Module],
+    blocks: nn.ModuleList,
     x: Tensor,
     grid: WindowGrid,
     residual: Tensor | None,
@@ -30,6 +29,8 @@ def layers(
     Returns:
         The new map and the last layer's scores (windows, heads, n, n).
     """
+    if inference.serves(blocks, x):
+        return inference.layers(blocks, x, grid, residual)
     scores = None
     for i, block in enumerate(blocks):
         given = residual if i == 0 else scores if block.attn.reuses_scores else None

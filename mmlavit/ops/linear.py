@@ -1,21 +1,20 @@
-"""Linear layers: by the fastest route on the device, and keeping little in training."""
+"""Linear layers by the fastest route on the device."""
 
 from __future__ import annotations
 
 import functools
 import math
 import platform
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils import flop_counter
 
 from .mode import is_traced, is_transformed
-from .recompute import autocasts, gradients, is_plain, recomputes
+from .recompute import autocasts, gradients
 
 # Inductor's own, and so not documented, but there since torch 2.0. It knows no gradients.
 _onednn_linear = None
@@ -132,115 +131,3 @@ def _mkl_is_slow() -> bool:
     """Whether this is an AMD processor. Elsewhere MKL's gradients take half to 0.9 of the time."""
     cpuinfo = Path('/proc/cpuinfo')
     return 'AuthenticAMD' in (cpuinfo.read_text() if cpuinfo.exists() else platform.processor())
-
-
-class Linear(nn.Linear):
-    """:class:`torch.nn.Linear`, computed by :func:`linear`, with what comes right before it."""
-
-    def forward(
-        self, x: Tensor, function: Callable[..., Tensor] | None = None, *parameters: Tensor
-    ) -> Tensor:
-        """Map tokens (..., in_features) to tokens (..., out_features).
-
-        Args:
-            x: Tokens.
-            function: What to apply to ``x`` first, see :func:`linear_after`; None for nothing.
-            parameters: What else ``function`` takes.
-
-        Returns:
-            Tokens.
-        """
-        if function is None:
-            return linear(x, self.weight, self.bias)
-        return linear_after(function, x, self.weight, self.bias, *parameters)
-
-
-def linear_after_norm(
-    layer: nn.Module,
-    norm: nn.Module,
-    x: Tensor,
-    pad: Callable[[Tensor], Tensor] | None = None,
-) -> Tensor:
-    """``layer(pad(norm(x)))``, by :func:`linear_after` where both are what they were made as.
-
-    Args:
-        layer: A :class:`Linear`, or what somebody put in its place (LoRA, say).
-        norm: A LayerNorm, or what somebody put in its place.
-        x: Tokens (..., in_features).
-        pad: What is done to the tokens in between; None for nothing.
-
-    Returns:
-        Tokens (..., out_features).
-    """
-    if not (is_plain(norm, nn.LayerNorm) and isinstance(layer, Linear) and recomputes(x)):
-        x = norm(x)
-        return layer(x if pad is None else pad(x))
-
-    def function(x: Tensor, *parameters: Tensor) -> Tensor:
-        x = F.layer_norm(x, norm.normalized_shape, *parameters, norm.eps)
-        return x if pad is None else pad(x)
-
-    return layer(x, function, norm.weight, norm.bias)
-
-
-def linear_after(
-    function: Callable[..., Tensor],
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    *parameters: Tensor,
-) -> Tensor:
-    """``function(x, *parameters) W^T + b``, computing ``function`` again in the backward pass.
-
-    A linear layer keeps its input for the backward pass. After GELU that is a tensor which can be
-    had again, for little, from the input of GELU, which is kept anyway. The numbers stay the same.
-    Under autocast and when recorded, nothing is computed again.
-
-    Args:
-        function: To tokens (..., in_features); cheap, and without chance.
-        x: What it takes: tokens (..., in_features), usually.
-        weight: (out_features, in_features).
-        bias: (out_features,) or None.
-        parameters: What else ``function`` takes.
-
-    Returns:
-        Tokens (..., out_features).
-    """
-    if not recomputes(x):
-        return linear(function(x, *parameters), weight, bias)
-    return _LinearAfter.apply(function, x, weight, bias, *parameters)
-
-
-class _LinearAfter(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        function: Callable[..., Tensor],
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        *parameters: Tensor,
-    ) -> Tensor:
-        return linear(function(x, *parameters), weight, bias)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.function, *tensors = inputs
-        ctx.save_for_backward(*tensors)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, bias, *parameters = ctx.saved_tensors
-        _, of_x, of_weight, of_bias, *of_parameters = ctx.needs_input_grad
-        if torch.is_grad_enabled():
-            # Gradients of gradients are wanted, so PyTorch has to see the whole computation.
-            tensors, needed = (x, weight, bias, *parameters), ctx.needs_input_grad[1:]
-            out = F.linear(ctx.function(x, *parameters), weight, bias)
-            return None, *gradients(out, tensors, needed, grad, create_graph=True)
-        tensors, needed = (x, *parameters), (of_x, *of_parameters)
-        tensors = [t.detach().requires_grad_(n) for t, n in zip(tensors, needed, strict=True)]
-        with torch.enable_grad():
-            y = ctx.function(*tensors)
-        wanted = any(needed), of_weight, of_bias
-        grad_y, grad_weight, grad_bias = linear_backward(grad, y.detach(), weight, wanted)
-        grad_x, *rest = gradients(y, tensors, needed, grad_y)
-        return None, grad_x, grad_weight, grad_bias, *rest

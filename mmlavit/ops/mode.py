@@ -18,11 +18,6 @@ def is_traced() -> bool:
     return torch.jit.is_tracing() or _is_compiling()
 
 
-def keeps_activations(module: nn.Module) -> bool:
-    """Whether a forward pass must leave what a backward pass, or whoever records it, needs."""
-    return module.training or torch.is_grad_enabled() or is_traced()
-
-
 def is_transformed() -> bool:
     """Whether ``torch.func`` transforms the code (vmap, grad, jvp), which it does op by op."""
     # What PyTorch itself asks before it applies a torch.autograd.Function.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -27,7 +29,9 @@ def scaled_product(q: Tensor, k: Tensor, scale: float, residual: Tensor | None) 
     return saturate(product).unflatten(0, q.shape[:2])
 
 
-def two_sided_linear(scores: Tensor, psi: Tensor, theta: Tensor) -> Tensor:
+def two_sided_linear(
+    scores: Tensor, psi: Tensor, theta: Tensor, linear: Callable[..., Tensor] = F.linear
+) -> Tensor:
     """``Psi A Theta^T`` for every map ``A``, saturated in float16.
 
     A linear layer acts on the last axis. So one product works on the maps as they lie in memory
@@ -39,17 +43,16 @@ def two_sided_linear(scores: Tensor, psi: Tensor, theta: Tensor) -> Tensor:
         scores: ``A`` (windows, heads, n, n).
         psi: (n, n).
         theta: (n, n).
+        linear: What applies a matrix to the last axis.
 
     Returns:
         Tensor (windows, heads, n, n), possibly a transposed view.
     """
     if scores.is_contiguous():
-        return _product(_product(scores, theta).mT.contiguous(), psi).mT
-    return _product(_product(scores.mT, psi).mT.contiguous(), theta)
-
-
-def _product(scores: Tensor, weight: Tensor) -> Tensor:
-    return saturate(F.linear(scores, weight))
+        x = saturate(linear(scores, theta)).mT.contiguous()
+        return saturate(linear(x, psi)).mT
+    x = saturate(linear(scores.mT, psi)).mT.contiguous()
+    return saturate(linear(x, theta))
 
 
 def zero_padded_pairs(scores: Tensor, grid: WindowGrid) -> Tensor:

@@ -6,6 +6,7 @@ import torch
 from mmengine.registry import HOOKS, MODELS
 from torch import Tensor, nn
 
+from mmlavit import ops
 from mmlavit.engine.hooks.diagonality import DiagonalityLossHook
 from mmlavit.models.attention import LessAttention, VanillaAttention
 from mmlavit.models.lavit import LaViT
@@ -19,12 +20,11 @@ class ReusedAttention(LessAttention):
         super().__init__(*args, **kwargs)
         del self.psi, self.theta
 
-    def forward(
-        self, x: Tensor, grid: WindowGrid, scores: Tensor, norm: nn.Module
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, grid: WindowGrid, scores: Tensor) -> tuple[Tensor, Tensor]:
         """Attend with the scores given; as :meth:`.LessAttention.forward`."""
-        v = self.project(self.v, x, grid, norm)[0]
-        return self.attend(scores, v, grid), scores
+        (v,) = grid.partition(self.v(x), 1, self.num_heads)
+        z = ops.attend(scores, v, grid, self.attn_drop)
+        return self.proj_drop(self.proj(grid.merge(z))), scores
 
 
 class NoPosition(nn.Module):

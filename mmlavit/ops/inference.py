@@ -1,0 +1,98 @@
+"""Inference on a CPU: the layers of a stage, on few tokens at a time and in place.
+
+It reads the weights of modules without calling them, and so serves only modules that are what they
+were made as and that nobody watches.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ..models.windows import Slab, WindowGrid
+from .linear import linear
+from .plain import are_plain, is_unwatched_inference
+from .scores import scaled_product, two_sided_linear
+
+# A layer works on up to so many tokens at a time. Few stay in the cache, many keep products large:
+# 4096 and a whole map of 800 x 1280 took 1.1 times as long on two Xeon cores, 2048 and a whole map
+# 1.2 and 1.3 times on two Zen cores.
+SLAB_TOKENS = 16384
+
+
+def serves(blocks: nn.ModuleList, x: Tensor) -> bool:
+    """Whether these layers and tokens can be run here."""
+    return (
+        x.device.type == 'cpu'
+        and is_unwatched_inference(x)
+        and not blocks.training
+        and os.environ.get('TRITON_INTERPRET') != '1'
+        and are_plain(blocks)
+    )
+
+
+def layers(
+    blocks: Sequence[nn.Module], x: Tensor, grid: WindowGrid, residual: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Run the layers of a stage; arguments and result as of :func:`mmlavit.ops.layers.layers`."""
+    slabs = grid.slabs(x.shape[0], SLAB_TOKENS)
+    nothing = [None] * len(slabs)
+    scores = nothing
+    for i, block in enumerate(blocks):
+        if i == 0 and residual is not None:
+            given = residual.split([slab.count for slab in slabs])
+        else:
+            given = scores if i and block.attn.reuses_scores else nothing
+        x, scores = _layer(block, x, slabs, given)
+    return x, scores[0] if len(slabs) == 1 else torch.cat(scores)
+
+
+def _layer(
+    block: nn.Module, x: Tensor, slabs: Sequence[Slab], given: Sequence[Tensor | None]
+) -> tuple[Tensor, list[Tensor]]:
+    # The hidden activations of a slab stay in the cache, and memory that one slab has used serves
+    # the next instead of coming fresh from the system, page by page.
+    branch = block.pos_conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+    # Under autocast the branch is narrower than the stream, which must stay wide.
+    x = branch.add_(x) if branch.dtype == x.dtype else x + branch
+    kept = []
+    for slab, part in zip(slabs, given, strict=True):
+        tokens = slab.of(x)
+        z, scores = _attention(block.attn, block.norm1(tokens), slab.grid, part)
+        tokens += z
+        tokens += _mlp(block.mlp, block.norm2(tokens))
+        kept.append(scores)
+    return x, kept
+
+
+def _attention(
+    attn: nn.Module, x: Tensor, grid: WindowGrid, given: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    heads = attn.num_heads
+    if attn.reuses_scores:
+        (v,) = grid.pad_and_partition(_linear(attn.v, x), 1, heads)
+        scores = two_sided_linear(given, attn.psi, attn.theta, linear)
+        if grid.padded:
+            grid.fill_padded(scores, queries=0.0, keys=0.0)
+    else:
+        q, k, v = grid.pad_and_partition(_linear(attn.qkv, x), 3, heads)
+        scores = scaled_product(q, k, attn.scale, given)
+    if grid.padded:
+        grid.fill_padded(scores, keys=-math.inf)
+    z = scores.softmax(dim=-1) @ v
+    if grid.padded:
+        grid.fill_padded(scores, keys=0.0)
+    return _linear(attn.proj, grid.merge_and_crop(z)), scores
+
+
+def _mlp(mlp: nn.Module, x: Tensor) -> Tensor:
+    # In place: a second tensor of this size would come fresh from the system.
+    return _linear(mlp.fc2, torch.ops.aten.gelu_(_linear(mlp.fc1, x)))
+
+
+def _linear(layer: nn.Linear, x: Tensor) -> Tensor:
+    return linear(x, layer.weight, layer.bias)
