@@ -242,6 +242,7 @@ _FORMS: dict[Callable, Callable] = {
     F.gelu: _gelu,
     F.layer_norm: _layer_norm,
     F.linear: _linear,
-    Tensor.__matmul__: _matmul,
+    Tensor.matmul: _matmul,
+    torch.matmul: _matmul,
     masked_softmax: _masked_softmax,
 }
