@@ -19,6 +19,8 @@ train_dataloader = dict(
             dict(type='LoadImageFromFile'),
             dict(type='RandomCrop', crop_size=96, padding=4, padding_mode='reflect'),
             dict(type='RandomFlip', prob=0.5, direction='horizontal'),
+            # Colours tell nothing of a shape.
+            dict(type='ColorJitter', brightness=0.3, contrast=0.3, saturation=0.3, hue=0.3),
             dict(type='PackInputs'),
         ],
         **shapes,
@@ -37,11 +39,12 @@ test_dataloader = val_dataloader
 val_evaluator = dict(topk=(1,))
 test_evaluator = val_evaluator
 
-train_cfg = dict(max_epochs=16, val_interval=1)
+optim_wrapper = dict(optimizer=dict(lr=5e-4))
+train_cfg = dict(max_epochs=20, val_interval=1)
 param_scheduler = [
     dict(type='LinearLR', start_factor=0.01, by_epoch=False, end=100),
     dict(
-        type='CosineAnnealingLR', by_epoch=True, T_max=16, eta_min=1e-5, convert_to_iter_based=True
+        type='CosineAnnealingLR', by_epoch=True, T_max=20, eta_min=1e-5, convert_to_iter_based=True
     ),
 ]
 default_hooks = dict(

@@ -1,6 +1,6 @@
 r"""Measures what a trained model loses without its attention, and without the parts that make it.
 
-    python tools/analysis/replacement.py configs/lavit_n_shapes.py work_dirs/demo-cls/epoch_16.pth
+    python tools/analysis/replacement.py configs/lavit_n_shapes.py work_dirs/demo-cls/epoch_20.pth
 
 Takes any config of mmdet, mmseg and mmpretrain with a LaViT inside, and a checkpoint of the whole
 model. Runs the config's own validation (test, if it has none) once as it is, and once for each of

@@ -1,6 +1,6 @@
 r"""Measures how alike the attention of a model's layers is, and what it looks like, over images.
 
-    python tools/analysis/saturation.py configs/lavit_n_shapes.py work_dirs/demo-cls/epoch_16.pth
+    python tools/analysis/saturation.py configs/lavit_n_shapes.py work_dirs/demo-cls/epoch_20.pth
     python tools/analysis/saturation.py configs/maskrcnn_lavit_s_coco.py \
         --model Swin-T mmdet::swin/mask-rcnn_swin-t-p4-w7_fpn_1x_coco.py
 

@@ -65,12 +65,19 @@ def _photographs_data() -> object:
     return unpack_photographs(DATA / 'photographs')
 
 
+def _crops(padding: int) -> list[dict[str, Any]]:
+    """Crops from reflected borders, and flips."""
+    crop = dict(type='RandomCrop', crop_size=SIZE, padding=padding, padding_mode='reflect')
+    flip = dict(type='RandomFlip', prob=0.5, direction='horizontal')
+    return [dict(type='LoadImageFromFile'), crop, flip, dict(type='PackInputs')]
+
+
 def _classifier() -> dict[str, Any]:
     root = str(DATA / 'shapes/imagenet')
-    crop = {'1': dict(crop_size=SIZE)}
+    crops = _crops(padding=4)
     return dict(
         model=dict(head=dict(in_channels=ARCH['embed_dims'][-1])),
-        train_dataloader=dict(batch_size=16, dataset=dict(data_root=root, pipeline=crop)),
+        train_dataloader=dict(batch_size=16, dataset=dict(data_root=root, pipeline=crops)),
         val_dataloader=dict(dataset=dict(data_root=root)),
     )
 
@@ -78,11 +85,11 @@ def _classifier() -> dict[str, Any]:
 def _photographer() -> dict[str, Any]:
     """Twenty classes of Tiny ImageNet, ten epochs."""
     root = str(DATA / 'photographs')
-    crop = {'1': dict(crop_size=SIZE, padding=6)}
+    crops = _crops(padding=6)
     return dict(
         data_preprocessor=dict(num_classes=20),
         model=dict(head=dict(in_channels=ARCH['embed_dims'][-1], num_classes=20)),
-        train_dataloader=dict(batch_size=32, dataset=dict(data_root=root, pipeline=crop)),
+        train_dataloader=dict(batch_size=32, dataset=dict(data_root=root, pipeline=crops)),
         val_dataloader=dict(dataset=dict(data_root=root)),
     )
 
