@@ -8,7 +8,6 @@ from torch import Tensor, nn
 
 from mmlavit import LaViT
 from mmlavit.analysis.record import recording
-from mmlavit.models import lavit as backbone
 
 WINDOWS = (4, 4, 4, 2)
 NUM_LAYERS = sum(ARCH['depths'])
@@ -103,32 +102,12 @@ def test_the_model_computes_the_same_and_keeps_no_hook(grad):
         again = model(batch)
     assert len(layers) == NUM_LAYERS
     for a, b, c in zip(plain, watched, again, strict=True):
-        assert torch.equal(a, b)
+        # Unwatched, inference on a CPU works in pieces, whose products round otherwise.
+        torch.testing.assert_close(a, b, rtol=0, atol=0 if grad else 1e-5)
         assert torch.equal(a, c)
     for layer in layers:
         assert not layer.attn.requires_grad
         assert not layer.scores.requires_grad
-
-
-@torch.no_grad()
-def test_in_slabs_and_whole_are_recorded_alike(monkeypatch):
-    model = small_lavit(window_sizes=WINDOWS)
-    batch = images(3, 3, 52, 74)
-    with recording(model) as whole:
-        model(batch)
-    # Rows of windows of the first stage, groups of images in the last.
-    monkeypatch.setattr(backbone, 'SLAB_TOKENS', 100)
-    assert len(whole[0].grid.slabs(3, 100)) > 3
-    assert 1 < len(whole[-1].grid.slabs(3, 10)) <= 3
-    with recording(model) as slabs:
-        model(batch)
-    for a, b in zip(whole, slabs, strict=True):
-        assert a.grid == b.grid
-        # Products of other shapes round otherwise.
-        torch.testing.assert_close(a.attn, b.attn, rtol=0, atol=1e-6)
-        torch.testing.assert_close(a.scores, b.scores, rtol=1e-6, atol=1e-6)
-        if a.residual is not None:
-            torch.testing.assert_close(a.residual, b.residual, rtol=1e-6, atol=1e-6)
 
 
 @torch.no_grad()

@@ -2,13 +2,13 @@
 
 import inspect
 import math
+from collections.abc import Callable
 from dataclasses import asdict
 
 import numpy as np
 import pytest
 import reference
 import torch
-import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mmengine.analysis import get_model_complexity_info
@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from mmlavit import ARCHS, LaViT
-from mmlavit.models import windows as windows_module
 from mmlavit.models.attention import LessAttention
 from mmlavit.models.block import DropPath
 from mmlavit.models.windows import WindowGrid
@@ -126,39 +125,22 @@ def test_what_stands_at_padded_positions_changes_nothing(size, with_gradients, m
     x = images(2, 3, *size)
     poisoned = []
 
-    def pad(grid: WindowGrid, x: Tensor) -> Tensor:
-        out = x.new_full(
-            (len(x), grid.rows * grid.window, grid.cols * grid.window, x.shape[3]), 1e4
-        )
-        out[:, : grid.height, : grid.width] = x
-        poisoned.append(grid.padded)
-        return out
+    def poison(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        """Q and K must be 0 at padded tokens, V is poisoned."""
 
-    original = WindowGrid.pad_and_partition
+        def partition(grid: WindowGrid, *args: object) -> Tensor:
+            parts = original(grid, *args).clone()
+            padded = ~grid.valid()[:, None, :, None]
+            last = parts[-1].unflatten(0, (-1, len(padded))).masked_fill(padded, 1e4).flatten(0, 1)
+            poisoned.append(grid.padded)
+            return torch.cat([parts[:-1], last[None]])
 
-    def pad_and_partition(grid: WindowGrid, *args: object) -> Tensor:
-        """Q and K must be 0 there, V is poisoned."""
-        parts = original(grid, *args)
-        padded = ~grid.valid()[:, None, :, None]
-        parts[-1].unflatten(0, (-1, len(padded))).masked_fill_(padded, 1e4)
-        poisoned.append(grid.padded)
-        return parts
-
-    class PoisonedPad:
-        """Also the windows that `nest` adds to make up whole new windows."""
-
-        def __getattr__(self, name: str):
-            return getattr(F, name)
-
-        @staticmethod
-        def pad(x: Tensor, amounts: tuple[int, ...]) -> Tensor:
-            return F.pad(x, amounts, value=1e4 if x.ndim == 8 else 0.0)
+        return partition
 
     with torch.set_grad_enabled(with_gradients):
         expected = model(x)
-        monkeypatch.setattr(WindowGrid, 'pad', pad)
-        monkeypatch.setattr(WindowGrid, 'pad_and_partition', pad_and_partition)
-        monkeypatch.setattr(windows_module, 'F', PoisonedPad())
+        for name in ('partition', 'pad_and_partition'):
+            monkeypatch.setattr(WindowGrid, name, poison(getattr(WindowGrid, name)))
         assert_maps(model(x), expected, 1e-12)
     assert any(poisoned)
 
@@ -262,13 +244,13 @@ def test_sizes_and_costs_are_the_papers(arch, params, flops):
     model = Classifier(arch).eval()
     count = sum(p.numel() for p in model.parameters()) / 1e6
     assert count == pytest.approx(params, rel=0.025)
-    # With gradients, as MMEngine counts it too. Without, padded tokens are not projected.
     with FlopCounterMode(display=False) as counter:
         model(torch.zeros(1, 3, 224, 224))
-    # Torch counts a multiplication and an addition as two, the paper (as MMEngine) as one.
-    assert counter.get_total_flops() / 2e9 == pytest.approx(flops, rel=0.05)
+    # Torch counts a multiplication and an addition as two, the paper (as MMEngine) as one. Windows
+    # of 8 are padded at 224, and padded tokens are not projected: that is up to a tenth less.
     info = get_model_complexity_info(model, (3, 224, 224), show_table=False, show_arch=False)
-    assert info['flops'] / 1e9 == pytest.approx(flops, rel=0.05)
+    for found in (counter.get_total_flops() / 2e9, info['flops'] / 1e9):
+        assert 0.9 * flops < found < 1.05 * flops
 
 
 def test_nano_has_about_three_million_parameters():

@@ -15,7 +15,7 @@ def test_partition_puts_every_token_where_the_coordinates_say(height, width, win
     grid = WindowGrid(height, width, window)
     parts, heads, d = 3, 2, 5
     x = torch.randn(2, height, width, parts * heads * d)
-    out = grid.partition(grid.pad(x), parts, heads)
+    out = grid.partition(x, parts, heads)
     assert out.shape == (parts, 2 * grid.rows * grid.cols, heads, window**2, d)
     seen = torch.zeros_like(out, dtype=torch.bool)
     for b in range(2):
@@ -33,13 +33,13 @@ def test_partition_puts_every_token_where_the_coordinates_say(height, width, win
 def test_merge_and_crop_undo_partition_and_pad(height, width, window):
     grid = WindowGrid(height, width, window)
     x = torch.randn(3, height, width, 12)
-    assert torch.equal(grid.crop(grid.merge(grid.partition(grid.pad(x), 1, 4)[0])), x)
+    assert torch.equal(grid.merge(grid.partition(x, 1, 4)[0]), x)
 
 
 @pytest.mark.parametrize('height, width, window', GRIDS)
 def test_valid_is_one_partitioned(height, width, window):
     grid = WindowGrid(height, width, window)
-    ones = grid.partition(grid.pad(torch.ones(1, height, width, 1)), 1, 1)[0, :, 0, :, 0]
+    ones = grid.partition(torch.ones(1, height, width, 1), 1, 1)[0, :, 0, :, 0]
     assert torch.equal(grid.valid(), ones.bool())
     assert grid.valid().sum() == height * width
     assert grid.padded == (not grid.valid().all())
@@ -50,21 +50,14 @@ def test_valid_is_one_partitioned(height, width, window):
 def test_slabs_are_all_windows_in_order(height, width, window, batch, tokens):
     grid = WindowGrid(height, width, window)
     x = torch.arange(batch * height * width).view(batch, height, width, 1)
-    expected = grid.partition(grid.pad(x), 1, 1)[0]
+    expected = grid.partition(x, 1, 1)[0]
     slabs = grid.slabs(batch, tokens)
-    parts = [slab.grid.partition(slab.grid.pad(slab.of(x)), 1, 1)[0] for slab in slabs]
+    parts = [slab.grid.partition(slab.of(x), 1, 1)[0] for slab in slabs]
     assert torch.equal(torch.cat(parts), expected)
     assert [slab.count for slab in slabs] == [len(part) for part in parts]
     # No more tokens than asked for, but for a single row of windows.
     least = width * min(window, height)
     assert all(slab.of(x).numel() <= max(tokens, least) for slab in slabs)
-
-
-def test_the_whole_is_one_slab():
-    grid = WindowGrid(5, 7, 4)
-    (slab,) = grid.whole(3)
-    x = torch.rand(3, 5, 7, 2)
-    assert slab.grid == grid and slab.count == 3 * 4 and torch.equal(slab.of(x), x)
 
 
 @given(st.integers(0, 50), st.integers(1, 9))
@@ -127,9 +120,9 @@ def test_one_copy_does_what_two_do(height, width, window, batch):
     grid = WindowGrid(height, width, window)
     x = torch.arange(batch * height * width * 12).view(batch, height, width, 12)
     windows = grid.pad_and_partition(x, 3, 2)
-    assert torch.equal(windows, grid.partition(grid.pad(x), 3, 2))
+    assert torch.equal(windows, grid.partition(x, 3, 2))
     values = windows[1]
-    assert torch.equal(grid.merge_and_crop(values), grid.crop(grid.merge(values)))
+    assert torch.equal(grid.merge_and_crop(values), grid.merge(values))
 
 
 @pytest.mark.parametrize('queries, keys', [(0.0, None), (None, 7.0), (0.0, 7.0), (None, None)])
