@@ -140,16 +140,19 @@ def find_script(name: str, argv: list[str]) -> Path:
     else:
         package = read_scope(config)
         require_package(package)
-    tools = {p: _tools(p) for p in (package, *PACKAGES) if is_installed(p)}
-    script = next((tools[p] / name for p in tools if (tools[p] / name).is_file()), None)
-    if not tools[package].is_dir():
+    own = _tools(package) / name
+    if own.is_file():
+        return own
+    if name in ('train.py', 'test.py') or not own.parents[name.count('/')].is_dir():
         raise LaunchError(
-            f'{package} is installed without its tools ({tools[package]} is missing); install it '
-            'with pip from its wheel or sdist'
+            f'{package} is installed without its tools ({own} is missing); install it with pip '
+            'from its wheel or sdist'
         )
+    folders = [_tools(p) for p in PACKAGES if is_installed(p)]
+    script = next((folder / name for folder in folders if (folder / name).is_file()), None)
     if script is None:
-        names = sorted({path.name for folder in tools.values() for path in folder.glob('*/*.py')})
-        raise LaunchError(f'no toolbox has a script {name!r}; in folders, they have {names}')
+        found = {path.relative_to(f).as_posix() for f in folders for path in f.glob('**/*.py')}
+        raise LaunchError(f'no toolbox has a script {name!r}; they have {sorted(found)}')
     return script
 
 
