@@ -16,10 +16,11 @@ from small import STD, STEEP, images, seeded, sharpen, small_lavit, spread
 from torch import Tensor, nn
 
 import mmlavit.models.attention
-from mmlavit.models.attention import LessAttention, zero_padded_pairs
+from mmlavit.models.attention import LessAttention
 from mmlavit.models.windows import WindowGrid
 from mmlavit.ops import fused_attention
 from mmlavit.ops.fused_attention import can_fuse, fused_less_attention
+from mmlavit.ops.scores import zero_padded_pairs
 
 INTERPRETED = os.environ.get('TRITON_INTERPRET') == '1'
 DEVICE = 'cpu' if INTERPRETED else 'cuda'

@@ -29,8 +29,9 @@ from torch.utils.data import DataLoader
 from mmlavit import AttentionHealthHook, LaViT
 from mmlavit.compat import leave_process_group, repair_torchvision
 from mmlavit.engine.hooks.attention_health import figures
-from mmlavit.models.attention import VanillaAttention, WindowAttention, zero_padded_pairs
+from mmlavit.models.attention import VanillaAttention, WindowAttention
 from mmlavit.models.windows import WindowGrid
+from mmlavit.ops.scores import zero_padded_pairs
 
 ARCH = dict(
     embed_dims=(16, 16, 16, 16),

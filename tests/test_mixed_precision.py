@@ -24,8 +24,8 @@ from torch import Tensor, nn
 import mmlavit.models.attention
 import mmlavit.models.attention_residual
 from mmlavit import DiagonalityLossHook, LaViT
-from mmlavit.models.attention import WindowAttention, scaled_product, two_sided_linear
-from mmlavit.models.attention_residual import halve_pairs
+from mmlavit.models.attention import WindowAttention
+from mmlavit.ops import halve_pairs, scaled_product, two_sided_linear
 from mmlavit.ops.saturate import saturate
 
 LARGEST = 65504.0

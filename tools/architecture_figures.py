@@ -19,9 +19,10 @@ from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Rectangle
 from torch import Tensor, nn
 
 from mmlavit import LaViT
-from mmlavit.models.attention import LessAttention, VanillaAttention, zero_padded_pairs
+from mmlavit.models.attention import LessAttention, VanillaAttention
 from mmlavit.models.attention_residual import AttentionResidual
 from mmlavit.models.windows import WindowGrid, ceil_div, nesting_ratio
+from mmlavit.ops.scores import zero_padded_pairs
 
 matplotlib.use('Agg')
 
