@@ -28,7 +28,7 @@ from mmlavit.analysis.record import recording
 from mmlavit.analysis.replacement import HOWS, MAPS, MeanAttention, replaceable, replaced
 from mmlavit.analysis.replacement_run import Change, Measured, draw_table, judge, measure
 from mmlavit.models import attention
-from mmlavit.models import lavit as backbone
+from mmlavit.ops import inference
 
 WINDOWS = (4, 4, 4, 2)
 STAGE_OF = [m for m in range(4) for _ in range(ARCH['depths'][m])]
@@ -141,7 +141,7 @@ def test_maps_are_replaced_as_in_the_reference(how, size, stages, grad, monkeypa
     if how == 'mean':
         expected_of['mean'] = naive_mean(batch, model, monkeypatch)
     # In inference the first stages then run by rows of windows, the last by groups of images.
-    monkeypatch.setattr(backbone, 'SLAB_TOKENS', 100)
+    monkeypatch.setattr(inference, 'SLAB_TOKENS', 100)
     mean = mean_over(model, batch[:1], batch[1:]) if how == 'mean' else None
     with torch.set_grad_enabled(grad), replaced(model, how, stages=stages, mean=mean):
         found = model(batch)
@@ -304,7 +304,7 @@ def test_the_fused_kernel_is_not_used(monkeypatch):
     batch = images(1, 3, 32, 32)
     with replaced(model, 'even'):
         expected = model(batch)
-    monkeypatch.setattr(attention, 'can_fuse', lambda *_: True)
+    monkeypatch.setattr(sys.modules['mmlavit.ops.less_attention'], 'can_fuse', lambda *_: True)
     monkeypatch.setattr(attention, 'fused_less_attention', lambda v, scores, *_: (v, scores))
     with replaced(model, 'even'):
         found = model(batch)
