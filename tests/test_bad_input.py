@@ -208,15 +208,16 @@ def trained(
     *options: str,
     config: Path = RETINANET,
     lines: str = '',
+    file: str = ANNOTATIONS,
 ) -> Make:
     """tools/train.py on made-up shapes whose COCO annotations were changed."""
 
     def make(folder: Path) -> None:
         make_shapes(folder / 'shapes', ShapesRecipe(2, 1, size=64), progress=False)
         if change is not None:
-            data = json.loads((folder / 'shapes' / ANNOTATIONS).read_text())
+            data = json.loads((folder / 'shapes' / file).read_text())
             change(data)
-            (folder / 'shapes' / ANNOTATIONS).write_text(json.dumps(data))
+            (folder / 'shapes' / file).write_text(json.dumps(data))
         (folder / 'config.py').write_text(f'_base_ = {str(config)!r}\n{lines}')
         command(
             'train.py',
@@ -495,6 +496,10 @@ TABLE = [
      ['2 images', 'no box to train on']),
     ('data: no area', trained(lambda data: data['annotations'][1].pop('area')), Refused,
      ['instances_train2017.json', "'area'", "'id': 2"]),
+    ('data: no iscrowd where it is evaluated', trained(
+        lambda data: data['annotations'][0].pop('iscrowd'),
+        file=ANNOTATIONS.replace('train', 'val')), Refused,
+     ['instances_val2017.json', "'iscrowd'", "'id': 1"]),
     ('data: classes are a text',
      trained(lines="train_dataloader = dict(dataset=dict(metainfo=dict(classes=('circle'))))"),
      Refused,

@@ -209,6 +209,29 @@ def test_other_errors_are_passed_on(tmp_path: Path, error: str) -> None:
     assert ran.stderr.splitlines()[-1] == f'{kind}: {message}'
 
 
+def test_what_is_patched_is_patched_once() -> None:
+    passes("""
+import mmlavit
+from mmengine.config import Config
+from mmengine.config.utils import MODULE2PACKAGE
+from mmengine.runner import Runner
+from mmlavit.compat import let_cpus_take_part, repair_config_bases, serve_config_bases
+from mmlavit.engine.data_checks import check_data
+
+def state():
+    names = 'build_dataloader', 'build_train_loop', 'build_val_loop', 'wrap_model'
+    return Config._get_cfg_path, dict(MODULE2PACKAGE), [getattr(Runner, name) for name in names]
+
+patches = let_cpus_take_part, repair_config_bases, serve_config_bases, check_data
+for patch in patches:
+    patch()
+before = state()
+for patch in patches:
+    patch()
+assert state() == before
+""")
+
+
 def test_compat_needs_only_torch() -> None:
     passes(f"""{LOAD}
 assert not any(name.split('.')[0] in {{'mmengine', 'mmcv', 'torchvision'}} for name in sys.modules)

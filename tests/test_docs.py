@@ -250,8 +250,8 @@ def test_files_from_elsewhere_are_pages(site: Path) -> None:
     assert '<h1>Configs<' in (site / 'configs.html').read_text(encoding='utf-8')
     architecture = (site / 'architecture.html').read_text(encoding='utf-8')
     for name in ('attention.LessAttention', 'windows.WindowGrid.nest', 'arch.ARCHS'):
-        page = '.'.join(['mmlavit', name.split('.')[0], 'html'])
-        assert f'href="api/{page}#mmlavit.{name}"' in architecture
+        page = '.'.join(['mmlavit.models', name.split('.')[0], 'html'])
+        assert f'href="api/{page}#mmlavit.models.{name}"' in architecture
 
 
 # ---- docs/architecture.md ------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """Starts any script of the toolbox that a config was written for, or of another one.
 
-``python tools/tool.py analysis_tools/get_flops.py configs/maskrcnn_lavit_s_coco.py`` hands over to
-mmdet's own script, with all its options. NAME is a path in the toolbox's folder ``tools``.
+``python tools/tool.py analysis_tools/get_flops.py configs/semfpn_lavit_t_ade20k.py`` hands over to
+mmseg's own script, with all its options. NAME is a path in the toolbox's folder ``tools``.
 """
 
 import sys

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from mmengine.evaluator import Evaluator
 from mmengine.runner import FlexibleRunner, Runner
 from mmengine.runner.base_loop import BaseLoop
 from torch import nn
@@ -45,6 +46,7 @@ def check_data() -> None:
             runner.build_train_loop = _with_boxes(_with_classes(runner.build_train_loop))
             runner.build_val_loop = _with_classes(runner.build_val_loop)
             runner.build_test_loop = _with_classes(runner.build_test_loop)
+            runner.build_evaluator = _with_annotations(runner.build_evaluator)
 
 
 def _with_items(build: Callable[..., DataLoader]) -> Callable[..., DataLoader]:
@@ -88,15 +90,26 @@ def _with_classes(build: Callable[..., BaseLoop]) -> Callable[..., BaseLoop]:
     @functools.wraps(build)
     def build_loop(self: Runner, loop: BaseLoop | dict) -> BaseLoop:
         built = build(self, loop)
-        for metric in getattr(getattr(built, 'evaluator', None), 'metrics', ()):
-            coco = getattr(metric, '_coco_api', None)
-            if coco is not None:
-                _check_annotations(coco.dataset.get('annotations', ()), metric_file(metric))
         if isinstance(self.model, nn.Module):
             check_classes(self.model, built.dataloader.dataset)
         return built
 
     return build_loop
+
+
+def _with_annotations(build: Callable[..., Evaluator]) -> Callable[..., Evaluator]:
+    @functools.wraps(build)
+    def build_evaluator(self: Runner, evaluator: Any) -> Evaluator:
+        built = build(self, evaluator)
+        cfgs = evaluator if isinstance(evaluator, Sequence) else [evaluator]
+        for cfg, metric in zip(cfgs, built.metrics, strict=False):
+            # mmdet's metric has read the file and does not say which.
+            coco = getattr(metric, '_coco_api', None)
+            if coco is not None and isinstance(cfg, Mapping):
+                _check_annotations(coco.dataset.get('annotations', ()), str(cfg.get('ann_file')))
+        return built
+
+    return build_evaluator
 
 
 def check_classes(model: nn.Module, dataset: Any) -> None:
@@ -130,11 +143,6 @@ def check_classes(model: nn.Module, dataset: Any) -> None:
                 f'{", ..." if len(classes) > 5 else ""}); set num_classes of the model, or '
                 'metainfo=dict(classes=...) of the data'
             )
-
-
-def metric_file(metric: Any) -> str:
-    """The annotations that a metric has read, as a message names them."""
-    return str(getattr(metric, 'ann_file', None) or f'of {type(metric).__name__}')
 
 
 def _check_file(dataloader: Mapping) -> None:

@@ -9,6 +9,13 @@ from torch import nn
 from ..models.lavit import LaViT
 
 
+def unwrapped(model: nn.Module) -> nn.Module:
+    """A model without what wraps it (DDP, FSDP)."""
+    while is_model_wrapper(model):
+        model = model.module
+    return model
+
+
 def lavits(model: nn.Module) -> dict[str, LaViT]:
     """The LaViTs inside a model.
 
@@ -18,9 +25,8 @@ def lavits(model: nn.Module) -> dict[str, LaViT]:
     Returns:
         By their paths in the unwrapped model; ``''`` is the path of the model itself.
     """
-    while is_model_wrapper(model):
-        model = model.module
-    return {path: module for path, module in model.named_modules() if isinstance(module, LaViT)}
+    modules = unwrapped(model).named_modules()
+    return {path: module for path, module in modules if isinstance(module, LaViT)}
 
 
 def lavits_of(runner: Runner, hook: str) -> dict[str, LaViT]:
@@ -40,9 +46,7 @@ def lavits_of(runner: Runner, hook: str) -> dict[str, LaViT]:
     found = lavits(runner.model)
     if found:
         return found
-    model = runner.model
-    while is_model_wrapper(model):
-        model = model.module
+    model = unwrapped(runner.model)
     text = f'{hook} needs a model with a LaViT backbone; {type(model).__name__} has none'
     if any(path.rpartition('.')[2] == 'backbone' for path, _ in model.named_modules()):
         raise ValueError(f'{text}; remove the hook')

@@ -7,7 +7,6 @@ from collections.abc import Iterable
 
 import torch
 from mmengine.hooks import Hook
-from mmengine.model import is_model_wrapper
 from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 from torch import Tensor, nn
@@ -16,7 +15,7 @@ from ...models.attention import LessAttention
 from ...models.diagonality import diagonality_preserving_loss
 from ...models.lavit import LaViT
 from ...models.windows import WindowGrid
-from ..lavits import lavits_of
+from ..lavits import lavits_of, unwrapped
 
 # What a checkpoint's meta has since the loss does not grow with the scores.
 _MARK = 'scale_free_diagonality_loss'
@@ -86,9 +85,7 @@ class DiagonalityLossHook(Hook):
         if not backbones:
             return
         layers = less_attention_layers(backbones.values())
-        model = runner.model
-        while is_model_wrapper(model):
-            model = model.module
+        model = unwrapped(runner.model)
         self._handles = [
             model.register_forward_pre_hook(self._before_forward, with_kwargs=True),
             model.register_forward_hook(self._after_forward, with_kwargs=True),

@@ -31,8 +31,7 @@ class StepSeedHook(DistSamplerSeedHook):
     MMEngine's DistSamplerSeedHook, whose work it does too. Before every iteration the generators
     are seeded with the training's seed, the number of the iteration and the rank, so processes drop
     other paths; before every batch of data is loaded, in whatever process, with the seed, the rank,
-    and the number of the batch. So
-    augmentation does not depend on the number of workers, either.
+    and the number of the batch. So augmentation does not depend on the number of workers, either.
 
     A training that is resumed inside an epoch goes on with the batches that the epoch had left,
     and in iteration-based loops nothing is loaded only to be skipped.
