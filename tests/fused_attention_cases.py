@@ -6,16 +6,18 @@ the GPU where there is one.
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import pytest
 import reference
 import torch
+from functorch.compile import make_boxed_func
 from small import STD, STEEP, images, seeded, sharpen, small_lavit, spread
 from torch import Tensor, nn
+from torch._dynamo.backends.common import aot_autograd
 
-import mmlavit.models.attention
+from mmlavit.analysis.replacement import replaced
 from mmlavit.models.attention import LessAttention
 from mmlavit.models.windows import WindowGrid
 from mmlavit.ops import fused_attention
@@ -24,7 +26,6 @@ from mmlavit.ops.scores import zero_padded_pairs
 
 INTERPRETED = os.environ.get('TRITON_INTERPRET') == '1'
 DEVICE = 'cpu' if INTERPRETED else 'cuda'
-IDENTITY = nn.Identity()
 HALVES = [torch.float16, torch.bfloat16]
 # Height, width, window, channels of a head.
 SHAPES = [(8, 16, 8, 64), (9, 5, 8, 48), (2, 3, 8, 32), (7, 9, 7, 48), (4, 9, 4, 64)]
@@ -55,17 +56,36 @@ def _bfloat16_products():
         yield
 
 
+class Calls:
+    """Counts the calls of the fused operation, as PyTorch's profiler sees them."""
+
+    def __init__(self) -> None:
+        self._tiles: list[int] = []
+        self._start()
+
+    def _start(self) -> None:
+        self._profile = torch.profiler.profile(record_shapes=True)
+        self._profile.start()
+
+    def stop(self) -> None:
+        self._profile.stop()
+        for event in self._profile.events():
+            if event.name == 'mmlavit::less_attention':
+                windows, heads = event.input_shapes[1][:2]
+                self._tiles.append(windows * heads)
+
+    def __call__(self) -> list[int]:
+        """How many tiles each call so far had."""
+        self.stop()
+        self._start()
+        return self._tiles
+
+
 @pytest.fixture
-def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many tiles each call of the fused layer had."""
-    counted: list[int] = []
-
-    def counting(v: Tensor, scores: Tensor, *rest: object) -> tuple[Tensor, Tensor]:
-        counted.append(scores.shape[0] * scores.shape[1])
-        return fused_less_attention(v, scores, *rest)
-
-    monkeypatch.setattr(mmlavit.models.attention, 'fused_less_attention', counting)
-    return counted
+def calls() -> Iterator[Calls]:
+    counter = Calls()
+    yield counter
+    counter.stop()
 
 
 def layer_for(window: int, head_dim: int, heads: int = 2, **options: object) -> LessAttention:
@@ -106,7 +126,7 @@ def error(found: Tensor, expected: Tensor) -> float:
 def run(layer: LessAttention, x: Tensor, grid: WindowGrid, scores: Tensor, fused: bool):
     """The layer's output and its scores."""
     layer.fused = fused
-    return layer(x, grid, scores, IDENTITY)
+    return layer(x, grid, scores)
 
 
 @torch.no_grad()
@@ -124,7 +144,7 @@ def test_it_is_equation_5(height, width, window, head_dim, lying, calls):
     expected, kept = reference.less_attention(x[0], prev, layer.state_dict(), 2, window)
     layer = moved(layer, torch.float32)
     out, new = run(layer, moved(x, torch.float32), grid, moved(scores, torch.float32), fused=True)
-    assert calls == [2 * grid.rows * grid.cols]
+    assert calls() == [2 * grid.rows * grid.cols]
     assert error(out[0], expected) < 1e-5
     for i in range(scores.shape[0]):
         for h in range(2):
@@ -143,7 +163,7 @@ def test_half_precision_is_as_good_as_without(height, width, window, head_dim, d
     assert 0.8 * std < spread(expected[1][None], grid) < 2 * std
     given = moved(layer, dtype), moved(x, dtype), grid, moved(scores, dtype)
     plain, ours = run(*given, fused=False), run(*given, fused=True)
-    assert len(calls) == 1
+    assert len(calls()) == 1
     for a, b, right in zip(ours, plain, expected, strict=True):
         assert a.dtype == b.dtype == dtype
         assert error(a, right) < 1.5 * error(b, right) + torch.finfo(dtype).eps
@@ -161,7 +181,7 @@ def test_what_float16_cannot_hold(psi, theta, calls):
     given = moved(layer, torch.float16), moved(images(1, 9, 5, 64), torch.float16), grid
     given = *given, moved(scores, torch.float16)
     plain, ours = run(*given, fused=False), run(*given, fused=True)
-    assert len(calls) == 1
+    assert len(calls()) == 1
     largest = torch.finfo(torch.float16).max
     limit = min(largest * theta, largest)
     assert (plain[1].abs() > 0.99 * limit).sum() > 50 and (plain[1].abs() < 0.9 * limit).any()
@@ -271,7 +291,7 @@ def test_gradients(height, width, window, head_dim, through, calls):
     expected = gradients(layer, x, grid, scores, False, through)
     given = moved(layer_for(window, head_dim), torch.float32), moved(x, torch.float32), grid
     found = gradients(*given, moved(scores, torch.float32), True, through)
-    assert len(calls) == 1
+    assert len(calls()) == 1
     assert_gradients(found, expected, 1e-4)
 
 
@@ -321,7 +341,7 @@ def test_second_derivatives_are_refused():
     layer, scores = moved(layer_for(4, 32), torch.float32), scores_for(grid, 1)
     out, _ = run(layer, x, grid, moved(scores, torch.float32), fused=True)
     (grad,) = torch.autograd.grad(out.square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match='once_differentiable'):
+    with pytest.raises(RuntimeError, match='less_attention_backward'):
         grad.sum().backward()
 
 
@@ -359,22 +379,48 @@ def test_a_whole_lavit(options, calls):
     with torch.no_grad():
         for ours, right in zip(model(moved(x, torch.float32)), expected(x), strict=True):
             assert error(ours, right) < 1e-4
-    assert len(calls) == 4
+    assert len(calls()) == 4
     for out, given in ((model.train()(moved(x, torch.float32)), model), (expected(x), expected)):
         sum(map.square().mean() for map in out).backward()
         assert all(p.grad is not None for p in given.parameters())
-    assert len(calls) == (12 if options else 8)
+    assert len(calls()) == (12 if options else 8)
     for (name, p), right in zip(model.named_parameters(), expected.parameters(), strict=True):
         assert error(p.grad, right.grad) < 1e-3, name
+
+
+def test_attention_that_is_replaced_is_not_fused(calls):
+    """The kernel has a softmax of its own, which would go on with the scores as they are."""
+    x, model = moved(images(1, 3, 32, 32), torch.float32), moved(small_lavit(), torch.float32)
+    with torch.no_grad(), replaced(model, 'even'):
+        model(x)
+        assert calls() == []
 
 
 def test_the_switch(calls):
     x = moved(images(1, 3, 32, 32), torch.float32)
     with torch.no_grad():
         moved(small_lavit(fused_attention=False), torch.float32)(x)
-        assert calls == []
+        assert calls() == []
         moved(small_lavit(), torch.float32)(x)
-        assert len(calls) == 4
+        assert len(calls()) == 4
+
+
+def test_compiled_it_is_one_operation(calls):
+    grid, seen = WindowGrid(9, 5, 4), []
+
+    def backend(graph: torch.fx.GraphModule, given: list[Tensor]) -> Callable:
+        seen.append([str(node.target) for node in graph.graph.nodes])
+        return make_boxed_func(graph.forward)
+
+    given = moved(layer_for(4, 32), torch.float32), moved(images(2, 9, 5, 64), torch.float32), grid
+    given = *given, moved(scores_for(grid, 2), torch.float32)
+    expected = gradients(*given, True, 'both')
+    layer = torch.compile(given[0], backend=aot_autograd(fw_compiler=backend), fullgraph=True)
+    found = gradients(layer, *given[1:], True, 'both')
+    assert [graph.count('mmlavit.less_attention.default') for graph in seen] == [1, 0]
+    assert seen[1].count('mmlavit.less_attention_backward.default') == 1
+    for name, grad in found.items():
+        torch.testing.assert_close(grad, expected[name.removeprefix('_orig_mod.')])
 
 
 class TestLeftToPyTorch:
@@ -385,10 +431,10 @@ class TestLeftToPyTorch:
         layer = moved(layer or layer_for(window, 32), dtype)
         layer.fused = True
         x, scores = moved(images(1, window, window, 64), dtype), moved(scores_for(grid, 1), dtype)
-        out, _ = (layer if function is None else function)(x, grid, scores, IDENTITY)
-        assert calls == []
+        out, _ = (layer if function is None else function)(x, grid, scores)
+        assert calls() == []
         layer.fused = False
-        torch.testing.assert_close(out, layer(x, grid, scores, IDENTITY)[0])
+        torch.testing.assert_close(out, layer(x, grid, scores)[0])
 
     def test_large_windows(self, calls):
         self.check(calls, window=9)
@@ -397,8 +443,8 @@ class TestLeftToPyTorch:
         grid = WindowGrid(4, 4, 4)
         layer = moved(LessAttention(144, 1, 4), torch.float32)
         scores = moved(scores_for(grid, 1, heads=1), torch.float32)
-        layer(moved(images(1, 4, 4, 144), torch.float32), grid, scores, IDENTITY)
-        assert calls == []
+        layer(moved(images(1, 4, 4, 144), torch.float32), grid, scores)
+        assert calls() == []
 
     def test_float64(self, calls):
         self.check(calls, dtype=torch.float64)
@@ -407,14 +453,10 @@ class TestLeftToPyTorch:
         layer = layer_for(4, 32, attn_drop_rate=0.5)
         x, grid = moved(images(1, 4, 4, 64), torch.float32), WindowGrid(4, 4, 4)
         scores = moved(scores_for(grid, 1), torch.float32)
-        moved(layer, torch.float32)(x, grid, scores, IDENTITY)
-        assert calls == []
-        layer.eval()(x, grid, scores, IDENTITY)
-        assert len(calls) == 1
-
-    def test_compiled(self, calls):
-        layer = layer_for(4, 32)
-        self.check(calls, layer, function=torch.compile(layer, backend='eager'))
+        moved(layer, torch.float32)(x, grid, scores)
+        assert calls() == []
+        layer.eval()(x, grid, scores)
+        assert len(calls()) == 1
 
     def test_recorded(self, calls):
         grid, layer = WindowGrid(4, 4, 4), moved(layer_for(4, 32), torch.float32)
@@ -426,18 +468,18 @@ class TestLeftToPyTorch:
                 self.layer = layer
 
             def forward(self, x: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
-                return self.layer(x, grid, scores, IDENTITY)
+                return self.layer(x, grid, scores)
 
         given = moved(x, torch.float32), moved(scores, torch.float32)
         torch.jit.trace(Wrapper(), given, check_trace=False)  # which would also just run it
         torch.export.export(Wrapper(), given)
-        assert calls == []
+        assert calls() == []
 
     def test_functions_of_functions(self, calls):
         layer = layer_for(4, 32)
 
-        def mapped(x: Tensor, grid: WindowGrid, scores: Tensor, norm: nn.Module):
-            outs = torch.func.vmap(lambda t: layer(t, grid, scores, norm)[0])(x[None])
+        def mapped(x: Tensor, grid: WindowGrid, scores: Tensor):
+            outs = torch.func.vmap(lambda t: layer(t, grid, scores)[0])(x[None])
             return outs[0], scores
 
         with torch.no_grad():
@@ -447,12 +489,12 @@ class TestLeftToPyTorch:
         def fails(*_: object) -> None:
             raise RuntimeError('Failed to find C compiler')
 
-        fused_attention._runs.cache_clear()
+        fused_attention._try.cache_clear()
         monkeypatch.setattr(fused_attention, '_forward', fails)
         with pytest.warns(UserWarning, match='Failed to find C compiler.*fused_attention=False'):
             self.check(calls)
         self.check(calls)  # says it once
-        fused_attention._runs.cache_clear()
+        fused_attention._try.cache_clear()
 
     def test_a_gpu_too_small(self, calls, monkeypatch):
         import triton
@@ -460,16 +502,16 @@ class TestLeftToPyTorch:
         def fails(*_: object) -> None:
             raise triton.OutOfResources(163840, 101376, 'shared memory')
 
-        fused_attention._runs.cache_clear()
+        fused_attention._try.cache_clear()
         monkeypatch.setattr(fused_attention, '_backward', fails)
         self.check(calls)
         with torch.no_grad():
             layer = moved(layer_for(4, 32), torch.float32)
             scores = moved(scores_for(WindowGrid(4, 4, 4), 1), torch.float32)
             x = moved(images(1, 4, 4, 64), torch.float32)
-            layer(x, WindowGrid(4, 4, 4), scores, IDENTITY)
-        assert len(calls) == 1, 'the forward pass alone fits'
-        fused_attention._runs.cache_clear()
+            layer(x, WindowGrid(4, 4, 4), scores)
+        assert len(calls()) == 1, 'the forward pass alone fits'
+        fused_attention._try.cache_clear()
 
 
 @pytest.mark.skipif(INTERPRETED, reason='takes 4 GiB, which the interpreter would copy')

@@ -27,7 +27,6 @@ from mmlavit import LaViT
 from mmlavit.analysis.record import recording
 from mmlavit.analysis.replacement import HOWS, MAPS, MeanAttention, replaceable, replaced
 from mmlavit.analysis.replacement_run import Change, Measured, draw_table, judge, measure
-from mmlavit.models import attention
 from mmlavit.ops import inference
 
 WINDOWS = (4, 4, 4, 2)
@@ -298,21 +297,6 @@ def test_gradients_come_through_all_that_is_left(how):
 
 
 @torch.no_grad()
-def test_the_fused_kernel_is_not_used(monkeypatch):
-    """It has a softmax of its own, which would go on with the scores as they are."""
-    model = small_lavit(window_sizes=WINDOWS)
-    batch = images(1, 3, 32, 32)
-    with replaced(model, 'even'):
-        expected = model(batch)
-    monkeypatch.setattr(sys.modules['mmlavit.ops.less_attention'], 'can_fuse', lambda *_: True)
-    monkeypatch.setattr(attention, 'fused_less_attention', lambda v, scores, *_: (v, scores))
-    with replaced(model, 'even'):
-        found = model(batch)
-    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
-    with replaced(model, 'psi_theta'):
-        assert not torch.equal(model(batch)[-1], expected[-1])
-
-
 # ---- What is refused ----------------------------------------------------------------------------
 
 

@@ -331,15 +331,16 @@ def test_costs_are_those_of_the_layers(costs: ModuleType, arch: str, window: int
                 (less, scores, cost.less_scores),
             ):
                 with FlopCounterMode(display=False) as counter:
-                    block.attn(x.to('meta'), grid, given, block.norm1)
+                    block.attn(x.to('meta'), grid, given)
                 assert counter.get_total_flops() == 2 * (own + cost.values)
-            cheaper = cost.less_scores < cost.vanilla_scores
-            assert costs.less_is_cheaper(cost.dims, heads, n) == cheaper
+            if cost.real == cost.tokens:  # the formula is of whole windows
+                cheaper = cost.less_scores < cost.vanilla_scores
+                assert costs.less_is_cheaper(cost.dims, heads, n) == cheaper
 
 
 def test_what_the_text_says_of_the_costs(costs: ModuleType) -> None:
     text = (DOCS / 'architecture.md').read_text(encoding='utf-8')
-    first, second = (costs.Cost(*of) for of in ((3136, 3136, 64, 1), (784, 784, 128, 2)))
+    first, second = (costs.Cost(*of) for of in ((3136, 3136, 3136, 64, 1), (784, 784, 784, 128, 2)))
     times = [round(cost.less_scores / cost.vanilla_scores) for cost in (first, second)]
     assert f'costs {times[0]} times what' in text and f'and {times[1]} times in stage 2' in text
     tiny = costs.Cost.of('tiny', 0, (224, 224), 8)

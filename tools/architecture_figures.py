@@ -51,7 +51,9 @@ White: pairs that no previous window saw; the residual adds 0.\
 
 def on_map(numbers: Tensor, grid: WindowGrid) -> np.ndarray:
     """Numbers of the tokens of each window (windows, n), on the padded map."""
-    return grid.merge(numbers[:, None, :, None])[0, :, :, 0].numpy()
+    w = grid.window
+    whole = WindowGrid(grid.rows * w, grid.cols * w, w)
+    return whole.merge(numbers[:, None, :, None])[0, :, :, 0].numpy()
 
 
 def token_windows(grid: WindowGrid) -> np.ndarray:
@@ -80,7 +82,7 @@ def nested_windows(prev: WindowGrid, grid: WindowGrid) -> np.ndarray:
     nn.init.ones_(residual.dwconv.weight)
     with torch.no_grad():
         residual.pwconv.weight.copy_(torch.eye(count).view(count, count, 1, 1))
-        scores = residual([zero_padded_pairs(marks, prev)], prev, grid)
+        scores = residual(zero_padded_pairs(marks, prev), prev, grid)
     largest, came_from = scores.max(dim=1)
     came_from[largest == 0] = NOTHING
     valid = grid.valid()
@@ -183,8 +185,8 @@ def shapes_of_a_stage(model: LaViT, stage: int, side: int) -> dict[str, str]:
     def tokens(x: Tensor) -> str:
         return '{} x {} tokens of {} channels'.format(*x.shape[1:])
 
-    def scores(parts: list[Tensor]) -> str:
-        windows, heads, n, _ = torch.cat(list(parts)).shape
+    def scores(maps: Tensor) -> str:
+        windows, heads, n, _ = maps.shape
         return f'{windows} windows x {heads} heads x {n} x {n}'.replace(' 1 heads', ' 1 head')
 
     def hook(module: nn.Module, args: tuple, output: tuple) -> None:

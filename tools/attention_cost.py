@@ -1,6 +1,7 @@
 """Prints the tables of docs/architecture.md: what vanilla and less attention cost, layer by layer.
 
-A multiplication and an addition count as one. Windows are counted whole, as training computes them.
+A multiplication and an addition count as one. Projections are of real tokens; inside windows padded
+ones count too.
 """
 
 from __future__ import annotations
@@ -22,12 +23,14 @@ class Cost:
     """Multiply-adds of the attention of one layer of an image.
 
     Args:
+        real: Tokens of the image.
         tokens: ``N``, tokens in all windows together, the padded ones among them.
         places: ``n``, tokens in a window.
         dims: ``D``, channels.
         heads: ``H``.
     """
 
+    real: int
     tokens: int
     places: int
     dims: int
@@ -40,12 +43,13 @@ class Cost:
         grid = WindowGrid(*(ceil_div(side, 4 << stage) for side in image), window)
         places = window**2
         tokens = grid.rows * grid.cols * places
-        return cls(tokens, places, sizes.embed_dims[stage], sizes.num_heads[stage])
+        real = grid.height * grid.width
+        return cls(real, tokens, places, sizes.embed_dims[stage], sizes.num_heads[stage])
 
     @property
     def vanilla_scores(self) -> int:
         """Q and K, then ``Q K^T``: ``n`` keys of ``D`` channels, over all heads, for each query."""
-        return 2 * self.tokens * self.dims**2 + self.tokens * self.places * self.dims
+        return 2 * self.real * self.dims**2 + self.tokens * self.places * self.dims
 
     @property
     def values(self) -> int:
@@ -112,7 +116,7 @@ def whole_table() -> list[str]:
         for stage in range(NUM_STAGES):
             windows = Cost.of('small', stage, sides, WINDOW)
             tokens = ceil_div(sides[0], 4 << stage) * ceil_div(sides[1], 4 << stage)
-            whole = Cost(tokens, tokens, windows.dims, windows.heads)
+            whole = Cost(tokens, tokens, tokens, windows.dims, windows.heads)
             cells = [image, stage + 1, tokens, short(whole.vanilla_scores)]
             cells += [short(whole.less_scores), short(tokens**2 * whole.heads)]
             cells += [short(2 * tokens**2), short(windows.less_scores)]

@@ -198,7 +198,9 @@ def _replace_maps(
     undo: ExitStack, block: Block, how: str, name: str, mean: MeanAttention | None
 ) -> None:
     make = _Mean(*mean.of(name)) if mean else {'even': _even, 'identity': _identity}[how]
-    other = _Other(block.attn.attn_drop, make)
+    drop = block.attn.attn_drop
+    # Of one replacement inside another the inner one counts.
+    other = _Other(drop.drop if isinstance(drop, _Other) else drop, make)
     undo.callback(block.register_forward_pre_hook(other.expect).remove)
     _set(undo, block.attn, 'attn_drop', other)
 

@@ -80,7 +80,7 @@ class VanillaAttention(WindowAttention):
         Returns:
             A map (B, H, W, embed_dims) and the scores (windows, heads, n, n).
         """
-        q, k, v = grid.partition(self.qkv(x), 3, self.num_heads)
+        q, k, v = grid.partition(self.qkv(x), 3, self.num_heads).unbind()
         scores = ops.scaled_product(q, k, self.scale, residual)
         z = ops.attend(scores, v, grid, self.attn_drop)
         return self.proj_drop(self.proj(grid.merge(z))), scores

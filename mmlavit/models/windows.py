@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..ops.mode import is_traced
+from ..ops.block_diagonal import block_diagonal
+from ..ops.mode import may_differ
 
 
 def ceil_div(a: int, b: int) -> int:
@@ -32,7 +33,8 @@ def pad_map(x: Tensor, multiple: int) -> Tensor:
         Map (B, H', W', C); ``x`` itself where nothing is missing.
     """
     bottom, right = (ceil_div(side, multiple) * multiple - side for side in x.shape[1:3])
-    return F.pad(x, (0, 0, 0, right, 0, bottom)) if is_traced() or bottom or right else x
+    missing = may_differ(bottom, 0) or may_differ(right, 0)
+    return F.pad(x, (0, 0, 0, right, 0, bottom)) if missing else x
 
 
 def nesting_ratio(prev_window: int, window: int) -> int:
@@ -95,9 +97,9 @@ class WindowGrid:
 
     @property
     def padded(self) -> bool:
-        """Whether any window may hold padded tokens; recorded code is for all sizes."""
-        sides = self.rows * self.window, self.cols * self.window
-        return is_traced() or sides != (self.height, self.width)
+        """Whether any window may hold padded tokens."""
+        below = may_differ(self.rows * self.window, self.height)
+        return below or may_differ(self.cols * self.window, self.width)
 
     def slabs(self, batch: int, tokens: int) -> list[Slab]:
         """Cut a batch of maps into pieces that share no window.
@@ -142,10 +144,9 @@ class WindowGrid:
         Returns:
             Map of tokens (B, height, width, C).
         """
-        if is_traced():
-            # Unlike a slice, a copy lies in memory alike whether there was something to cut or not.
-            return F.pad(x, (0, 0, 0, self.width - x.shape[2], 0, self.height - x.shape[1]))
-        return x[:, : self.height, : self.width] if self.padded else x
+        # Not a slice: a copy lies in memory alike whether there was something to cut or not.
+        missing = (0, 0, 0, self.width - x.shape[2], 0, self.height - x.shape[1])
+        return F.pad(x, missing) if self.padded else x
 
     def partition(self, x: Tensor, num_parts: int, num_heads: int) -> Tensor:
         """Cut a map into windows, the last ones filled up with zeros, and its channels into heads.
@@ -290,25 +291,14 @@ class WindowGrid:
         num_heads = blocks.shape[1]
         blocks = blocks.reshape(-1, prev.rows, prev.cols, num_heads, s, s, s, s)
         extra_rows, extra_cols = self.rows * r - prev.rows, self.cols * r - prev.cols
-        if is_traced() or extra_rows or extra_cols:
+        if may_differ(extra_rows, 0) or may_differ(extra_cols, 0):
             blocks = F.pad(blocks, (0,) * 10 + (0, extra_cols, 0, extra_rows))
         if r == 1:
             return blocks.reshape(-1, num_heads, s * s, s * s)
         blocks = blocks.reshape(-1, self.rows, r, self.cols, r, num_heads, s, s, s, s)
-        if is_traced():
-            # Copying into slices would tell apart maps of one window and of more.
-            same = torch.eye(r, dtype=torch.bool, device=blocks.device).view(r, 1, 1, 1, r, 1, 1, 1)
-            same = same & same.view(r, 1, 1, 1, r, 1)
-            blocks = blocks.permute(0, 1, 3, 5, 2, 6, 4, 7, 8, 9).unsqueeze(8).unsqueeze(10)
-            out = torch.where(same, blocks, blocks.new_zeros(()))
-            return out.reshape(-1, num_heads, self.window**2, self.window**2)
-        out = blocks.new_zeros(
-            blocks.shape[0], self.rows, self.cols, num_heads, r, s, r, s, r, s, r, s
+        return block_diagonal(blocks.transpose(2, 3)).reshape(
+            -1, num_heads, self.window**2, self.window**2
         )
-        for i in range(r):
-            for j in range(r):
-                out[:, :, :, :, i, :, j, :, i, :, j, :] = blocks[:, :, i, :, j]
-        return out.reshape(-1, num_heads, self.window**2, self.window**2)
 
 
 @dataclass(frozen=True)

@@ -10,15 +10,15 @@ from __future__ import annotations
 import functools
 import os
 import warnings
+from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from ..models.windows import WindowGrid, ceil_div
-from .mode import is_traced, is_transformed
+from .mode import is_dispatched, is_exported, is_traced, is_transformed
 from .recompute import autocasts
 
 # Up to here a program holds whole tiles in its registers; the backward pass spills some of them. In
@@ -41,8 +41,8 @@ def can_fuse(
 
     It wants Triton and a GPU that Triton supports (or Triton's interpreter, which the environment
     variable TRITON_INTERPRET=1 turns on), windows of at most 8 x 8 tokens, heads of at most 128
-    channels, and float32, float16 or bfloat16. What torch.compile, torch.jit or torch.export
-    records and torch.func transforms is left to PyTorch.
+    channels, and float32, float16 or bfloat16. What torch.jit or torch.export records and
+    torch.func transforms is left to PyTorch; torch.compile sees one operation.
 
     Args:
         x: Map of tokens (B, H, W, num_heads * d), which a linear layer will project to values.
@@ -55,7 +55,7 @@ def can_fuse(
     Returns:
         True or False. Where Triton ought to work and does not, a warning says so, once.
     """
-    if is_traced() or not x.is_cuda and os.environ.get('TRITON_INTERPRET') != '1':
+    if is_exported() or not x.is_cuda and os.environ.get('TRITON_INTERPRET') != '1':
         return False
     tensors = x, scores, psi, theta
     head_dim = x.shape[-1] // num_heads
@@ -65,7 +65,7 @@ def can_fuse(
         and all(t.dtype in DTYPES and t.device == x.device for t in tensors)
         and (autocasts(x) or len({t.dtype for t in tensors}) == 1)
         and all(type(t) in (Tensor, nn.Parameter) for t in tensors)
-        and not is_transformed()
+        and (is_traced() or not (is_transformed() or is_dispatched()))
         and _runs(x.device, _linear_dtype(x), grid.window, head_dim, torch.is_grad_enabled())
     )
 
@@ -91,42 +91,88 @@ def fused_less_attention(
     if autocasts(v):
         # `v` comes out of a linear layer, and the products with Psi and Theta are linear layers.
         scores, psi, theta = (t.to(v.dtype) for t in (scores, psi, theta))
-    return _FusedLessAttention.apply(v, scores, psi, theta, grid, num_heads)
+    tensors = v.contiguous(), scores, psi.contiguous(), theta.contiguous()
+    return torch.ops.mmlavit.less_attention(*tensors, grid.height, grid.width, grid.window)
 
 
-class _FusedLessAttention(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        v: Tensor,
-        scores: Tensor,
-        psi: Tensor,
-        theta: Tensor,
-        grid: WindowGrid,
-        num_heads: int,
-    ) -> tuple[Tensor, Tensor]:
-        v, psi, theta = v.contiguous(), psi.contiguous(), theta.contiguous()
-        ctx.save_for_backward(v, scores, psi, theta)
-        ctx.grid, ctx.num_heads = grid, num_heads
-        ctx.set_materialize_grads(False)
-        return _forward(v, scores, psi, theta, grid, num_heads)
+def _run(
+    v: Tensor, scores: Tensor, psi: Tensor, theta: Tensor, height: int, width: int, window: int
+) -> tuple[Tensor, Tensor]:
+    return _forward(v, scores, psi, theta, WindowGrid(height, width, window), scores.shape[1])
 
-    @staticmethod
-    @once_differentiable
-    def backward(
-        ctx: Any, grad_out: Tensor | None, grad_new: Tensor | None
-    ) -> tuple[Tensor | None, ...]:
-        if grad_out is None and grad_new is None:
-            return (None,) * 6
-        grads = _backward(
-            *ctx.saved_tensors,
-            grad_out,
-            grad_new,
-            ctx.grid,
-            ctx.num_heads,
-            ctx.needs_input_grad[:4],
-        )
-        return *grads, None, None
+
+def _run_backward(
+    v: Tensor,
+    scores: Tensor,
+    psi: Tensor,
+    theta: Tensor,
+    grad_out: Tensor | None,
+    grad_new: Tensor | None,
+    height: int,
+    width: int,
+    window: int,
+    needed: Sequence[bool],
+) -> tuple[Tensor, ...]:
+    given = v, scores, psi, theta, grad_out, grad_new
+    grads = _backward(*given, WindowGrid(height, width, window), scores.shape[1], tuple(needed))
+    # An operator returns tensors, always.
+    return tuple(v.new_empty(0) if grad is None else grad for grad in grads)
+
+
+def _shapes(v: Tensor, scores: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+    """Tensors like those that :func:`_run` returns."""
+    return torch.empty_like(v), scores.new_empty(scores.shape)
+
+
+def _backward_shapes(
+    v: Tensor, scores: Tensor, psi: Tensor, theta: Tensor, *more: Any
+) -> tuple[Tensor, ...]:
+    """Tensors like those that :func:`_run_backward` returns."""
+    grad_out, needed = more[0], more[-1]
+    there = needed[0] and grad_out is not None, *needed[1:]
+    tensors = zip((v, scores, psi, theta), there, strict=True)
+    return tuple(t.new_empty(t.shape if is_there else 0) for t, is_there in tensors)
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(*inputs[:4])
+    ctx.sizes = inputs[4:]
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(
+    ctx: Any, grad_out: Tensor | None, grad_new: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    if grad_out is None and grad_new is None:
+        return (None,) * 7
+    needed = list(ctx.needs_input_grad[:4])
+    grads = torch.ops.mmlavit.less_attention_backward(
+        *ctx.saved_tensors, grad_out, grad_new, *ctx.sizes, needed
+    )
+    needed[0] = needed[0] and grad_out is not None
+    found = [g if is_there else None for g, is_there in zip(grads, needed, strict=True)]
+    return *found, *[None] * len(ctx.sizes)
+
+
+# What torch.compile sees is one operation. Triton 3 comes with torch 2.4, and so does this.
+if hasattr(torch.library, 'custom_op'):
+    _TENSORS = 'Tensor v, Tensor scores, Tensor psi, Tensor theta'
+    _SIZES = 'int height, int width, int window'
+    _less_attention = torch.library.custom_op(
+        'mmlavit::less_attention',
+        _run,
+        mutates_args=(),
+        schema=f'({_TENSORS}, {_SIZES}) -> (Tensor, Tensor)',
+    )
+    _less_attention.register_fake(_shapes)
+    _less_attention.register_autograd(_differentiate, setup_context=_keep)
+    torch.library.custom_op(
+        'mmlavit::less_attention_backward',
+        _run_backward,
+        mutates_args=(),
+        schema=f'({_TENSORS}, Tensor? grad_out, Tensor? grad_new, {_SIZES}, bool[] needed)'
+        ' -> (Tensor, Tensor, Tensor, Tensor)',
+    ).register_fake(_backward_shapes)
 
 
 def _forward(
@@ -252,11 +298,22 @@ def _kernels() -> ModuleType | None:
     return fused_kernels
 
 
-@functools.cache
 def _runs(
     device: torch.device, dtype: torch.dtype, window: int, head_dim: int, backward: bool
 ) -> bool:
     """Whether the kernels run, found out by running them on one window."""
+    return _try(device, dtype, window, head_dim, backward)
+
+
+# torch.compile asks while it compiles, and does not look inside. This is what
+# torch.compiler.assume_constant_result does, which takes two seconds to import.
+_runs._dynamo_marked_constant = True
+
+
+@functools.cache
+def _try(
+    device: torch.device, dtype: torch.dtype, window: int, head_dim: int, backward: bool
+) -> bool:
     if device.type == 'cuda' and torch.cuda.get_device_capability(device) < (8, 0):
         # Triton supports Ampere and what came after.
         return False

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .linear import linear
-from .mode import is_traced
+from .mode import is_dispatched, is_traced
 from .plain import are_plain
 from .saturate import saturate
 
@@ -25,8 +25,8 @@ def halve_pairs(scores: Tensor, dwconv: nn.Module, pwconv: nn.Module) -> Tensor:
     Returns:
         Tensor (windows, num_heads, n / 4, n / 4), saturated in float16.
     """
-    on_cpu = scores.device.type == 'cpu' and not is_traced()
-    if on_cpu and are_plain((dwconv, pwconv)):
+    unseen = not is_traced() and not is_dispatched()
+    if unseen and scores.device.type == 'cpu' and are_plain((dwconv, pwconv)):
         return _as_linear(scores, dwconv.weight, pwconv.weight)
     return saturate(pwconv(saturate(dwconv(by_block(scores)))))
 

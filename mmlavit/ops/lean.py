@@ -17,14 +17,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from .attend import masked_softmax
 from .linear import linear, linear_backward
 from .mode import is_traced, is_transformed
-from .recompute import gradients
+from .recompute import autocasts, gradients
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Lean(TorchFunctionMode):
         self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None
     ) -> Any:
         """Take a call of ``func`` over, or leave it as it is."""
-        form = _FORMS.get(func)
+        form = _FORMS.get(func) if set(types) <= _PLAIN else None
         kwargs = kwargs or {}
         return func(*args, **kwargs) if form is None else form(self, func, *args, **kwargs)
 
@@ -164,7 +164,7 @@ class _Autocast:
 
     def __init__(self, x: Tensor) -> None:
         self.kind = x.device.type
-        self.enabled = torch.is_autocast_enabled(self.kind)
+        self.enabled = autocasts(x)
         self.dtype = torch.get_autocast_dtype(self.kind) if self.enabled else None
 
     def again(self) -> Any:
@@ -237,6 +237,8 @@ def _leaves(tensors: Sequence[Tensor | None], needed: Sequence[bool]) -> list[Te
     return [t if t is None else t.detach().requires_grad_(n) for t, n in pairs]
 
 
+# Other kinds (quantized, fake, traced) compute by rules of their own.
+_PLAIN = {Tensor, nn.Parameter}
 _FORMS: dict[Callable, Callable] = {
     F.dropout: _dropout,
     F.gelu: _gelu,

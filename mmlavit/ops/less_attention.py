@@ -39,7 +39,7 @@ def less_attention(
     scores = two_sided_linear(scores, psi, theta)
     if grid.padded:
         scores = zero_padded_pairs(scores, grid)
-    (values,) = grid.partition(v, 1, scores.shape[1])
+    values = grid.partition(v, 1, scores.shape[1])[0]
     return grid.merge(attend(scores, values, grid, attn_drop)), scores
 
 

@@ -3,29 +3,21 @@
 from __future__ import annotations
 
 import functools
-import math
 import platform
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
-from torch.utils import flop_counter
+from torch import Tensor, nn
 
-from .mode import is_traced, is_transformed
+from .mode import is_dispatched, is_traced, is_transformed
 from .recompute import autocasts, gradients
 
 # Inductor's own, and so not documented, but there since torch 2.0. It knows no gradients.
 _onednn_linear = None
 if torch.backends.mkldnn.is_available():
     _onednn_linear = getattr(torch.ops.mkldnn, '_linear_pointwise', None)
-# torch 2.1 has no such function.
-if _onednn_linear is not None and hasattr(flop_counter, 'register_flop_formula'):
-
-    @flop_counter.register_flop_formula(_onednn_linear)
-    def _count(x: torch.Size, weight: torch.Size, *_: Any, **__: Any) -> int:
-        return 2 * math.prod(x) * weight[0]
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -55,6 +47,8 @@ def prefers_onednn(x: Tensor) -> bool:
     # Whether it is traced comes first: torch.compile cannot look into the rest.
     return (
         not is_traced()
+        and not is_dispatched()
+        and type(x) in (Tensor, nn.Parameter)
         and x.device.type == 'cpu'
         and x.dtype == torch.float32
         and _onednn_linear is not None

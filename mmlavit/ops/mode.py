@@ -11,11 +11,28 @@ from torch import nn
 # torch 2.1 has it under another name, and it does not tell there in every function; what is then
 # compiled is the convolution, which computes the same.
 _is_compiling = getattr(torch.compiler, 'is_compiling', None) or torch._utils.is_compiling
+_is_exporting = getattr(torch.compiler, 'is_exporting', _is_compiling)
 
 
 def is_traced() -> bool:
     """Whether the code is being recorded rather than run, when sizes must not become constants."""
     return torch.jit.is_tracing() or _is_compiling()
+
+
+def is_exported() -> bool:
+    """Whether the code is being recorded for elsewhere, in plain operators; not to be compiled."""
+    # Before torch 2.7 nothing tells the two apart.
+    return is_traced() and (torch.jit.is_tracing() or _is_exporting())
+
+
+def may_differ(size: int, other: int) -> bool:
+    """Whether two sizes differ, or may: code that is being recorded is for all sizes."""
+    return is_traced() or size != other
+
+
+def is_dispatched() -> bool:
+    """Whether somebody sees every operator: a recorder (make_fx), a counter of FLOPs, fakes."""
+    return torch._C._len_torch_dispatch_stack() > 0
 
 
 def is_transformed() -> bool:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as hooks_of_all
 
-from .mode import is_traced, is_transformed
+from .mode import is_dispatched, is_traced, is_transformed
 
 _KINDS = (nn.Conv2d, nn.Dropout, nn.GELU, nn.LayerNorm, nn.Linear)
 _HOOKS = ('_forward_pre_hooks', '_forward_hooks', '_backward_pre_hooks', '_backward_hooks')
@@ -41,4 +41,5 @@ def _is_plain(module: nn.Module) -> bool:
 
 def is_unwatched_inference(x: Tensor) -> bool:
     """Whether nothing needs to be kept of a computation with ``x``."""
-    return not (torch.is_grad_enabled() or is_traced() or is_transformed())
+    watched = torch.is_grad_enabled() or is_traced() or is_transformed() or is_dispatched()
+    return not watched

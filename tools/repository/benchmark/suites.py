@@ -155,17 +155,16 @@ def attention(settings: Settings, rounds: int) -> Iterator[list[Row]]:
         scores = scores.to(settings.device)
         vanilla = VanillaAttention(dims, heads).to(settings.device).eval()
         less = LessAttention(dims, heads, window).to(settings.device).eval()
-        norm = nn.Identity()
         nn.init.normal_(less.psi, std=0.1)
         nn.init.normal_(less.theta, std=0.1)
         steps = {
-            'LA layer': _inference(settings, less, x, grid, scores, norm),
-            'VA layer': _inference(settings, vanilla, x, grid, None, norm),
+            'LA layer': _inference(settings, less, x, grid, scores),
+            'VA layer': _inference(settings, vanilla, x, grid, None),
         }
         if settings.device == 'cuda':
             unfused = LessAttention(dims, heads, window, fused=False).to(settings.device).eval()
             unfused.load_state_dict(less.state_dict())
-            steps['LA layer, unfused'] = _inference(settings, unfused, x, grid, scores, norm)
+            steps['LA layer, unfused'] = _inference(settings, unfused, x, grid, scores)
         name = f'stage {m + 1} of 800 x 1280'
         seconds = interleave(steps, rounds, settings.device, f'attention, {name}')
         yield [Row('attention', name, 1, n, s, 'NHWC') for n, s in seconds.items()]
