@@ -74,6 +74,7 @@ DEV = [
     'pytest-timeout',
     'pytest-xdist',
     'ruff',
+    'scipy',  # the intervals of tools/experiments.py
     'tensorboard',
     'tqdm',
     # CUDA builds of torch bring it; its interpreter runs the kernels where there is no GPU.
