@@ -123,6 +123,7 @@ setup(
     ],
     python_requires='>=3.10',
     packages=find_packages(include=['mmlavit', 'mmlavit.*']),
+    package_data={'mmlavit': ['py.typed']},  # type checkers may read its annotations (PEP 561)
     install_requires=['torch>=2.1', 'numpy'],
     extras_require={
         'onedl': ONEDL,

@@ -166,6 +166,7 @@ def content(wheel: Path) -> dict[str, bytes]:
 
 def test_wheel_holds_package_configs_and_tools_and_nothing_else(wheel: Path) -> None:
     expected = {str(file.relative_to(ROOT)): file for file in (ROOT / 'mmlavit').rglob('*.py')}
+    expected['mmlavit/py.typed'] = ROOT / 'mmlavit/py.typed'
     for pattern in ('configs/**/*.py', 'configs/**/*.yml', 'configs/**/*.md', 'tools/**/*.py'):
         for file in ROOT.glob(pattern):
             expected[f'mmlavit/.mim/{file.relative_to(ROOT)}'] = file
