@@ -257,6 +257,13 @@ def test_constraints_leave_the_build_of_torch_open() -> None:
     assert re.fullmatch(r'[\d.]+', pins('3.11')['torch'])
 
 
+def test_pre_commit_runs_the_ruff_of_the_constraints() -> None:
+    config = yaml.safe_load((ROOT / '.pre-commit-config.yaml').read_text())
+    hooks = [hook for repo in config['repos'] for hook in repo['hooks']]
+    found = {name for hook in hooks for name in hook['additional_dependencies'] if 'ruff' in name}
+    assert found == {f'ruff=={pins(python)["ruff"]}' for python in PYTHONS}
+
+
 def test_setuptools_still_has_pkg_resources() -> None:
     assert int(pins('3.11')['setuptools'].split('.')[0]) < 81
 
