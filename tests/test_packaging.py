@@ -264,6 +264,16 @@ def test_pre_commit_runs_the_ruff_of_the_constraints() -> None:
     assert found == {f'ruff=={pins(python)["ruff"]}' for python in PYTHONS}
 
 
+def test_citation_is_the_readmes() -> None:
+    citation = yaml.safe_load((ROOT / 'CITATION.cff').read_text())
+    assert {'cff-version', 'message', 'title', 'authors'} <= citation.keys()
+    paper = citation['preferred-citation']
+    authors = ' and '.join(f'{a["family-names"]}, {a["given-names"]}' for a in paper['authors'])
+    readme = (ROOT / 'README.md').read_text()
+    for field, value in (('title', paper['title']), ('author', authors), ('year', paper['year'])):
+        assert re.search(rf'{field} *= \{{{re.escape(str(value))}\}}', readme), field
+
+
 def test_setuptools_still_has_pkg_resources() -> None:
     assert int(pins('3.11')['setuptools'].split('.')[0]) < 81
 
