@@ -74,6 +74,7 @@ DEV = [
     'pytest-timeout',
     'pytest-xdist',
     'ruff',
+    'scipy',  # the intervals of tools/experiments.py
     'tensorboard',
     'tqdm',
     # CUDA builds of torch bring it; its interpreter runs the kernels where there is no GPU.
@@ -122,6 +123,7 @@ setup(
     ],
     python_requires='>=3.10',
     packages=find_packages(include=['mmlavit', 'mmlavit.*']),
+    package_data={'mmlavit': ['py.typed']},  # type checkers may read its annotations (PEP 561)
     install_requires=['torch>=2.1', 'numpy'],
     extras_require={
         'onedl': ONEDL,

@@ -11,5 +11,5 @@ model = dict(
     head=dict(in_channels=640),
 )
 
-optim_wrapper = dict(paramwise_cfg={{_base_.lavit_paramwise}})
+optim_wrapper = {{_base_.lavit_optim}}
 default_hooks = {{_base_.lavit_hooks}}

@@ -15,6 +15,7 @@ model = dict(
 
 optim_wrapper = dict(
     optimizer=dict(_delete_=True, type='AdamW', lr=1e-4, betas=(0.9, 0.999), weight_decay=0.05),
-    paramwise_cfg={{_base_.lavit_paramwise}},
+    constructor={{_base_.lavit_optim.constructor}},
+    paramwise_cfg={{_base_.lavit_optim.paramwise_cfg}},
 )
 default_hooks = {{_base_.lavit_hooks}}

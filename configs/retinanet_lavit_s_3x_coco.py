@@ -15,6 +15,7 @@ model = dict(
 
 optim_wrapper = dict(
     optimizer=dict(_delete_=True, type='AdamW', lr=1e-4, weight_decay=1e-4),
-    paramwise_cfg={{_base_.lavit_paramwise}},
+    constructor={{_base_.lavit_optim.constructor}},
+    paramwise_cfg={{_base_.lavit_optim.paramwise_cfg}},
 )
 default_hooks = {{_base_.lavit_hooks}}

@@ -12,5 +12,5 @@ model = dict(
     neck=dict(in_channels=[128, 320, 640], start_level=0),
 )
 
-optim_wrapper = dict(paramwise_cfg={{_base_.lavit_paramwise}})
+optim_wrapper = {{_base_.lavit_optim}}
 default_hooks = {{_base_.lavit_hooks}}

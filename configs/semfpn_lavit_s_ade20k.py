@@ -9,5 +9,5 @@ model = dict(
     neck=dict(in_channels=[64, 128, 320, 640]),
 )
 
-optim_wrapper = dict(paramwise_cfg={{_base_.lavit_paramwise}})
+optim_wrapper = {{_base_.lavit_optim}}
 default_hooks = {{_base_.lavit_hooks}}

@@ -10,5 +10,5 @@ model = dict(
     auxiliary_head=dict(in_channels=320),
 )
 
-optim_wrapper = dict(paramwise_cfg={{_base_.lavit_paramwise}})
+optim_wrapper = {{_base_.lavit_optim}}
 default_hooks = {{_base_.lavit_hooks}}

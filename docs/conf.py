@@ -1,10 +1,10 @@
 """How Sphinx makes the site: `make docs`, or `sphinx-build -W --keep-going docs docs/_build/html`.
 
-Pages are the Markdown files of this folder, README.md and configs/README.md (the start page and the
-page of configs), and one page of the docstrings of each public module. Links in Markdown are
-written as GitHub wants them, relative to the file. Here those to README.md and configs/README.md
-are led to their pages, and those to modules to the modules' pages: `../mmlavit/models/windows.py`
-to the whole, `../mmlavit/models/windows.py#WindowGrid` to one class or function.
+Pages are the Markdown files of this folder, some from elsewhere in the repository (`BORROWED`; the
+start page is README.md), and one page of the docstrings of each public module. Links in Markdown
+are written as GitHub wants them, relative to the file. Here those to borrowed files are led to
+their pages, and those to modules to the modules' pages: `../mmlavit/models/windows.py` to the
+whole, `../mmlavit/models/windows.py#WindowGrid` to one class or function.
 """
 
 import ast
@@ -62,7 +62,12 @@ nitpicky = True
 nitpick_ignore_regex = [('py:.*', rf'(?!{PACKAGE}\.)\w+(\.\w+)+')]
 
 # The pages whose text is a file elsewhere; the site's own file only adds to it.
-BORROWED = {'index': 'README.md', 'configs': 'configs/README.md'}
+BORROWED = {
+    'index': 'README.md',
+    'configs': 'configs/README.md',
+    'contributing': 'CONTRIBUTING.md',
+    'changelog': 'CHANGELOG.md',
+}
 
 
 def public_modules() -> dict[str, Path]:

@@ -21,6 +21,7 @@ _OF_MMENGINE = {
     'DiagonalityLossHook': 'engine.hooks.diagonality',
     'SafeCheckpointHook': 'engine.hooks.safe_checkpoint',
     'StepSeedHook': 'engine.hooks.step_seed',
+    'LaViTOptimWrapperConstructor': 'engine.optim',
     'ResumableFSDPStrategy': 'engine.fsdp',
     'wrap_lavit_blocks': 'engine.fsdp_policy',
 }

@@ -43,7 +43,7 @@ FAMILY = {
 }
 
 # What configs/_base_/lavit.py gives to the others, and the hooks that replace MMEngine's.
-OUR_NAMES = ('lavit_paramwise', 'lavit_hooks')
+OUR_NAMES = ('lavit_optim', 'lavit_hooks')
 OUR_HOOKS = {
     'checkpoint': ('SafeCheckpointHook', 'CheckpointHook'),
     'sampler_seed': ('StepSeedHook', 'DistSamplerSeedHook'),
@@ -209,7 +209,8 @@ def test_the_peers_own_recipe_but_for_what_we_name(file):
         for part in ('neck', 'head', 'decode_head', 'auxiliary_head'):
             for key in ('in_channels', 'start_level'):
                 model.get(part, {}).pop(key, None)
-        optim_wrapper.pop('paramwise_cfg', None)
+        for key in ('constructor', 'paramwise_cfg'):
+            optim_wrapper.pop(key, None)
         optim_wrapper.setdefault('type', 'OptimWrapper')
         if own_optimizer:
             del optim_wrapper['optimizer']

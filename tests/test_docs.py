@@ -41,7 +41,8 @@ def load(path: Path) -> ModuleType:
 
 def documents(root: Path) -> list[Path]:
     """Every Markdown file that is documentation."""
-    files = [root / 'README.md', root / 'configs' / 'README.md', *(root / 'docs').rglob('*.md')]
+    top = [root / name for name in ('README.md', 'CONTRIBUTING.md', 'CHANGELOG.md')]
+    files = [*top, root / 'configs' / 'README.md', *(root / 'docs').rglob('*.md')]
     return sorted(file for file in files if file.exists() and '_build' not in file.parts)
 
 
@@ -133,7 +134,7 @@ def kept_by_git() -> set[Path]:
 
 
 def test_links_lead_somewhere_on_github() -> None:
-    assert len(documents(ROOT)) >= 7
+    assert len(documents(ROOT)) >= 9
     assert broken_links(ROOT, kept_by_git()) == []
 
 
@@ -235,7 +236,7 @@ def test_pages_of_the_site(site: Path) -> None:
     assert {page.stem for page in (site / 'api').glob('mmlavit*.html')} == public
     index = (site / 'api' / 'index.html').read_text(encoding='utf-8')
     assert all(f'href="{name}.html#module-{name}"' in index for name in public)
-    for file in documents(ROOT)[2:]:
+    for file in documents(ROOT):
         if DOCS in file.parents:
             assert (site / file.relative_to(DOCS).with_suffix('.html')).exists()
     for file in (site / 'api').glob('*.html'):
@@ -247,7 +248,9 @@ def test_pages_of_the_site(site: Path) -> None:
 def test_files_from_elsewhere_are_pages(site: Path) -> None:
     start = (site / 'index.html').read_text(encoding='utf-8')
     assert '<h1>mmlavit<' in start and 'href="configs.html"' in start
-    assert '<h1>Configs<' in (site / 'configs.html').read_text(encoding='utf-8')
+    for name in ('Configs', 'Contributing', 'Changelog'):
+        page = (site / f'{name.lower()}.html').read_text(encoding='utf-8')
+        assert f'<h1>{name}<' in page
     architecture = (site / 'architecture.html').read_text(encoding='utf-8')
     for name in ('attention.LessAttention', 'windows.WindowGrid.nest', 'arch.ARCHS'):
         page = '.'.join(['mmlavit.models', name.split('.')[0], 'html'])

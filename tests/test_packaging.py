@@ -166,6 +166,7 @@ def content(wheel: Path) -> dict[str, bytes]:
 
 def test_wheel_holds_package_configs_and_tools_and_nothing_else(wheel: Path) -> None:
     expected = {str(file.relative_to(ROOT)): file for file in (ROOT / 'mmlavit').rglob('*.py')}
+    expected['mmlavit/py.typed'] = ROOT / 'mmlavit/py.typed'
     for pattern in ('configs/**/*.py', 'configs/**/*.yml', 'configs/**/*.md', 'tools/**/*.py'):
         for file in ROOT.glob(pattern):
             expected[f'mmlavit/.mim/{file.relative_to(ROOT)}'] = file
@@ -254,6 +255,23 @@ def test_constraints_fit_the_extras(requirements: list[Requirement], python: str
 def test_constraints_leave_the_build_of_torch_open() -> None:
     # torch==2.13.0+cpu would not be found where only a CUDA build is, and the other way round.
     assert re.fullmatch(r'[\d.]+', pins('3.11')['torch'])
+
+
+def test_pre_commit_runs_the_ruff_of_the_constraints() -> None:
+    config = yaml.safe_load((ROOT / '.pre-commit-config.yaml').read_text())
+    hooks = [hook for repo in config['repos'] for hook in repo['hooks']]
+    found = {name for hook in hooks for name in hook['additional_dependencies'] if 'ruff' in name}
+    assert found == {f'ruff=={pins(python)["ruff"]}' for python in PYTHONS}
+
+
+def test_citation_is_the_readmes() -> None:
+    citation = yaml.safe_load((ROOT / 'CITATION.cff').read_text())
+    assert {'cff-version', 'message', 'title', 'authors'} <= citation.keys()
+    paper = citation['preferred-citation']
+    authors = ' and '.join(f'{a["family-names"]}, {a["given-names"]}' for a in paper['authors'])
+    readme = (ROOT / 'README.md').read_text()
+    for field, value in (('title', paper['title']), ('author', authors), ('year', paper['year'])):
+        assert re.search(rf'{field} *= \{{{re.escape(str(value))}\}}', readme), field
 
 
 def test_setuptools_still_has_pkg_resources() -> None:

@@ -149,6 +149,9 @@ assert ours == {
     ('hook', 'mmengine', 'AttentionVisualizationHook'): mmlavit.AttentionVisualizationHook,
     ('hook', 'mmengine', 'SafeCheckpointHook'): mmlavit.SafeCheckpointHook,
     ('hook', 'mmengine', 'StepSeedHook'): mmlavit.StepSeedHook,
+    (
+        'optimizer wrapper constructor', 'mmengine', 'LaViTOptimWrapperConstructor'
+    ): mmlavit.LaViTOptimWrapperConstructor,
     ('function', 'mmengine', 'wrap_lavit_blocks'): mmlavit.wrap_lavit_blocks,
 }, ours
 """,

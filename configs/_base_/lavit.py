@@ -13,13 +13,9 @@ lavit_hooks = dict(
     checkpoint=dict(type='SafeCheckpointHook'), sampler_seed=dict(type='StepSeedHook')
 )
 
-# For optim_wrapper.paramwise_cfg: no weight decay on norms, biases, LayerScale, Psi and Theta.
-lavit_paramwise = dict(
-    norm_decay_mult=0.0,
-    bias_decay_mult=0.0,
-    custom_keys={
-        'layer_scale': dict(decay_mult=0.0),
-        'psi': dict(decay_mult=0.0),
-        'theta': dict(decay_mult=0.0),
-    },
+# For optim_wrapper. LaViT's norms, biases, LayerScale, Psi and Theta have no weight decay by this
+# constructor, the norms and biases of neck and heads by these options.
+lavit_optim = dict(
+    constructor='LaViTOptimWrapperConstructor',
+    paramwise_cfg=dict(norm_decay_mult=0.0, bias_decay_mult=0.0),
 )

@@ -1,4 +1,4 @@
-"""What trains a model: hooks, checkpoints, data checks, and the launcher."""
+"""What trains a model: hooks, learning rates, checkpoints, data checks, and the launcher."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ def register_all() -> bool:
     from mmengine.registry import STRATEGIES
 
     import_module('.hooks', __name__)
+    import_module('.optim', __name__)
     if not hasattr(mmengine._strategy, 'FSDPStrategy'):
         return False
     import_module('.fsdp_policy', __name__)

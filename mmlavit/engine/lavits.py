@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import logging
+
+from mmengine.logging import print_log
 from mmengine.model import is_model_wrapper
 from mmengine.runner import Runner
 from torch import nn
@@ -37,18 +40,35 @@ def lavits_of(runner: Runner, hook: str) -> dict[str, LaViT]:
         hook: Name of the hook, for messages.
 
     Returns:
+        As :func:`required_lavits`.
+
+    Raises:
+        ValueError: As there.
+    """
+    return required_lavits(runner.model, hook, 'remove the hook')
+
+
+def required_lavits(model: nn.Module, who: str, remedy: str) -> dict[str, LaViT]:
+    """The LaViTs of a model that is to have some.
+
+    Args:
+        model: As for :func:`lavits`.
+        who: What needs them, for messages.
+        remedy: What to do where there are none, for messages.
+
+    Returns:
         As :func:`lavits`. None, with a warning, for a model without any backbone: tools that draw
-        schedules train such a stand-in with the hooks of a config.
+        schedules train such a stand-in by the rest of a config.
 
     Raises:
         ValueError: If the model has another backbone.
     """
-    found = lavits(runner.model)
+    found = lavits(model)
     if found:
         return found
-    model = unwrapped(runner.model)
-    text = f'{hook} needs a model with a LaViT backbone; {type(model).__name__} has none'
+    model = unwrapped(model)
+    text = f'{who} needs a model with a LaViT backbone; {type(model).__name__} has none'
     if any(path.rpartition('.')[2] == 'backbone' for path, _ in model.named_modules()):
-        raise ValueError(f'{text}; remove the hook')
-    runner.logger.warning(f'{text}, so there is nothing to do.')
+        raise ValueError(f'{text}; {remedy}')
+    print_log(f'{text}, so there is nothing to do.', logger='current', level=logging.WARNING)
     return {}

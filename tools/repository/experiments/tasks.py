@@ -267,8 +267,9 @@ def build_config(task: Task, variant: Variant, seed: int, rate: float, work_dir:
     # An unending sampler suits a budget in steps, whatever the sampler of the config's epochs.
     cfg.train_dataloader.pop('batch_sampler', None)
     cfg.train_dataloader.sampler = dict(type='InfiniteSampler', shuffle=True)
-    paramwise = cfg.lavit_paramwise
-    paramwise.custom_keys.relative_position_bias_table = dict(decay_mult=0.0)  # Swin's
+    optim = cfg.lavit_optim
+    # Swin's: no weight decay on it either.
+    optim.paramwise_cfg.custom_keys = {'relative_position_bias_table': dict(decay_mult=0.0)}
     cfg.merge_from_dict(
         dict(
             model=dict(backbone=dict(_delete_=True, **backbone)),
@@ -283,7 +284,7 @@ def build_config(task: Task, variant: Variant, seed: int, rate: float, work_dir:
                 type='OptimWrapper',
                 optimizer=dict(type='AdamW', lr=rate, weight_decay=0.05),
                 clip_grad=dict(max_norm=5.0),
-                paramwise_cfg=paramwise,
+                **optim,
             ),
             randomness=dict(seed=seed),
             work_dir=str(work_dir),

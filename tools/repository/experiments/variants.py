@@ -73,7 +73,11 @@ VARIANTS = {
         _ablated(position_std=math.sqrt(2 / 9), linear_std=0.02),
         hooks=(dict(type='GrowingDiagonalityLossHook'),),
     ),
-    'vanilla': Variant('all-vanilla twin', _lavit(arch={**ARCH, 'vanilla_depths': ARCH['depths']})),
+    'vanilla': Variant(
+        'all-vanilla twin',
+        _lavit(arch={**ARCH, 'vanilla_depths': ARCH['depths']}),
+        rates={'match': 3e-4},
+    ),
     'stem': Variant('LaViT, convolutional stem', _lavit(conv_stem=True)),
     'overlap': Variant('LaViT, overlapping downsampling', _lavit(overlap_downsample=True)),
     'stem-overlap': Variant('LaViT, both', _lavit(conv_stem=True, overlap_downsample=True)),
