@@ -1,8 +1,8 @@
 """One contract for every form in which a model runs: it computes the naive reference.
 
 The models are written once. Beside them lie fast forms: layers in pieces for inference on a CPU,
-training that keeps little, one kernel on a GPU (`fused_attention_cases.py`), and what PyTorch makes
-of recorded code (compiled: `test_compile.py`). Which one runs follows from how a user calls the
+training that keeps little, one kernel on a GPU (`ops`), and what PyTorch makes
+of recorded code (compiled: `ops`). Which one runs follows from how a user calls the
 model, and so it does here.
 """
 
