@@ -263,7 +263,7 @@ def damage(path: Path) -> str | None:
             has_checksums = any(entry.CRC for entry in archive.infolist())
             broken = archive.testzip() if has_checksums else None
     except Exception as error:  # damaged headers raise whatever the wrong numbers lead to
-        return f'the file is truncated or damaged ({error or type(error).__name__})'
+        return f'the file is truncated or damaged ({str(error) or type(error).__name__})'
     return broken and f'the file is damaged (wrong checksum of {broken})'
 
 
