@@ -26,7 +26,7 @@ help:
 	@echo '               environment of their own'
 	@echo 'make docs      install, and make the documentation into docs/_build/html'
 	@echo 'make linkcheck whether the documentation links to pages that are there; needs a network'
-	@echo 'make lint      what Ruff has to say'
+	@echo 'make lint      what Ruff and mypy have to say'
 	@echo 'make format    let Ruff fix and format'
 	@echo
 	@echo 'PYTHON=$(PYTHON) (3.10 to 3.12) makes the environment; VENV=$(VENV) is where it goes.'
@@ -47,6 +47,7 @@ test-openmmlab:
 lint: install
 	$(BIN) -m ruff check .
 	$(BIN) -m ruff format --check .
+	$(BIN) -m mypy
 
 format: install
 	$(BIN) -m ruff check --fix .

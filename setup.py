@@ -69,6 +69,7 @@ DEV = [
     *DOCS,
     *ANALYSIS,
     'hypothesis',
+    'mypy',
     'psutil',
     'pytest',
     'pytest-timeout',

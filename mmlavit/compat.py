@@ -74,7 +74,7 @@ def import_yapf() -> None:
         # The failed import leaves submodules behind.
         for name in [name for name in sys.modules if name.split('.')[0] == 'yapf']:
             del sys.modules[name]
-        driver = importlib.import_module('yapf_third_party._ylib2to3.pgen2.driver')
+        driver: Any = importlib.import_module('yapf_third_party._ylib2to3.pgen2.driver')
         driver.load_grammar = partial(driver.load_grammar, force=True, save=False)
         importlib.import_module('yapf')
 

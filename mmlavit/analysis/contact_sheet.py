@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from operator import itemgetter
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -10,7 +12,8 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
-from matplotlib.ticker import FixedLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter
+from torch import Tensor
 
 from .record import LayerAttention
 from .tokens import Box, Query
@@ -22,6 +25,9 @@ ATTENTION, SCORES = 'inferno', 'RdBu_r'  # colour maps
 PANELS = 6  # layers beside each other; more go on further lines
 # In inches: a panel, its title, gaps, a colour bar with its ticks, the title of the sheet.
 SIDE, TITLE, GAP, BAR, HEAD, LABEL = 1.5, 0.24, 0.08, 0.66, 0.75, 0.95
+
+# What to draw (rows, columns) of what there is (heads, rows, columns).
+Choice = Callable[[np.ndarray], np.ndarray]
 
 
 def draw_sheet(
@@ -96,9 +102,12 @@ def draw_sheet(
             word, colour = KINDS[layer.kind]
             _frame(axes, f'{word}  layer {layer.layer + 1}', colour)
         sheet.bar(left + min(len(of_stage), widest) * (SIDE + GAP), top, ATTENTION, norm, 0.75)
-        if of_stage[0].residual is not None:
+        scores, residual = of_stage[0].scores, of_stage[0].residual
+        if scores is not None and residual is not None:
             left += widest * (SIDE + GAP) + BAR
-            _draw_residual(sheet, left, top, picture, query, of_stage[0], choice, window_sizes)
+            # Where the windows of the stage before were.
+            step = window_sizes[stage - 1] // 2 * query.stride
+            _draw_residual(sheet, left, top, picture, query, (scores, residual), choice, step)
         top += count * (SIDE + TITLE) + 2 * GAP
     return sheet.figure
 
@@ -109,18 +118,18 @@ def by_stage(layers: Sequence[LayerAttention]) -> list[list[LayerAttention]]:
     return [sorted((x for x in layers if x.stage == m), key=lambda x: x.layer) for m in stages]
 
 
-def _choices(layer: LayerAttention, heads: int | str) -> list:
-    """What to draw of the heads of a stage: names, and functions of (heads, rows, columns)."""
+def _choices(layer: LayerAttention, heads: int | str) -> list[tuple[str, Choice]]:
+    """What to draw of the heads of a stage, by name."""
     count = layer.attn.shape[2]
     if heads == 'mean':
         return [(f'mean of\n{count} heads' if count > 1 else '1 head', lambda x: x.mean(0))]
-    if heads != 'each' and not 0 <= heads < count:
+    if heads != 'each' and (isinstance(heads, str) or not 0 <= heads < count):
         raise ValueError(
             f"heads must be 'mean', 'each' or one of 0..{count - 1}, which stage {layer.stage + 1} "
-            f'has, got {heads}'
+            f'has, got {heads!r}'
         )
     chosen = range(count) if heads == 'each' else [heads]
-    return [(f'head {h}', lambda x, h=h: x[h]) for h in chosen]
+    return [(f'head {h}', itemgetter(h)) for h in chosen]
 
 
 class _Sheet:
@@ -138,12 +147,12 @@ class _Sheet:
         """A colour bar beside a panel."""
         axes = self._axes(left, top + TITLE, 0.09, SIDE)
         bar = self.figure.colorbar(ScalarMappable(norm, colours), cax=axes, alpha=alpha)
-        bar.locator = _three_ticks(norm)
-        bar.formatter = lambda value, _: f'{value:.3g}'
+        bar.locator = FixedLocator([norm.inverse(share) for share in (0, 0.5, 1)])
+        bar.formatter = FuncFormatter(lambda value, _: f'{value:.3g}')
         bar.update_ticks()
         axes.tick_params(labelsize=6, length=2, pad=1)
 
-    def text(self, left: float, top: float, words: str, **options: object) -> None:
+    def text(self, left: float, top: float, words: str, **options: Any) -> None:
         """Text, by default ending there."""
         options = {'ha': 'right', 'va': 'center', 'fontsize': 8, **options}
         self.figure.text(left / self.width, 1 - top / self.height, words, **options)
@@ -152,10 +161,6 @@ class _Sheet:
         bottom = self.height - top - height
         box = left / self.width, bottom / self.height, width / self.width, height / self.height
         return self.figure.add_axes(box)
-
-
-def _three_ticks(norm: Normalize) -> FixedLocator:
-    return FixedLocator([norm.vmin, (norm.vmin + norm.vmax) / 2, norm.vmax])
 
 
 def _draw_head(sheet: _Sheet, title: str, has_residual: bool) -> None:
@@ -233,12 +238,12 @@ def _draw_residual(
     top: float,
     picture: np.ndarray,
     query: Query,
-    layer: LayerAttention,
-    choice: object,
-    window_sizes: Sequence[int],
+    of_layer: tuple[Tensor, Tensor],
+    choice: Choice,
+    step: int,
 ) -> None:
     """What the layer computed itself, what the residual brought in, and their sum."""
-    scores, residual = (choice(query.keys(x[0].numpy())) for x in (layer.scores, layer.residual))
+    scores, residual = (choice(query.keys(x[0].numpy())) for x in of_layer)
     own = scores - residual
     large = _symmetric(own, scores)
     parts = (
@@ -246,8 +251,6 @@ def _draw_residual(
         ('+ brought in by AR', residual, _symmetric(residual)),
         ('= scores of layer 1', scores, large),
     )
-    # Where the windows of the stage before were.
-    step = window_sizes[layer.stage - 1] // 2 * query.stride
     for title, heat, norm in parts:
         axes = sheet.panel(left, top)
         _draw_window(axes, picture, query)

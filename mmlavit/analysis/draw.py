@@ -72,7 +72,7 @@ def draw_attention(
     if out.is_dir():
         check_free(sheet, force)
         check_free(page, force)
-    device = _device(device)
+    _check_device(device)
     model, cfg = load_model(config, checkpoint)
     path, lavit = find_lavit(model)
     count = len(lavit.stages)
@@ -120,15 +120,13 @@ def draw_attention(
     return lines
 
 
-def _device(name: str) -> torch.device:
+def _check_device(name: str) -> None:
     try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
+        torch.empty(0, device=name)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         # torch without CUDA asserts; only its first line is about the name.
         reason = str(error).splitlines()[0]
         raise ValueError(f'device {name!r} cannot be used: {reason}') from error
-    return device
 
 
 def _drawn_part(layer: LayerAttention) -> LayerAttention:

@@ -148,7 +148,8 @@ def choose_stages(layers: Sequence[LayerAttention], limit: float = LIMIT) -> lis
     Returns:
         The stages, ascending; at least the last.
     """
-    chosen, size = [], 0.0
+    chosen: list[int] = []
+    size = 0.0
     for of_stage in reversed(by_stage(layers)):
         size += size_of(of_stage)
         if chosen and size > limit:
@@ -267,7 +268,7 @@ def draw_page(
 def _stage_data(layers: Sequence[LayerAttention]) -> dict:
     """What the page knows of a stage."""
     first = layers[0]
-    grid = first.grid
+    grid = first.window_grid
     data = dict(
         stride=stride_of(first.stage),
         side=grid.window,
@@ -281,7 +282,7 @@ def _stage_data(layers: Sequence[LayerAttention]) -> dict:
         own=None,
         residual=None,
     )
-    if first.residual is not None:
+    if first.scores is not None and first.residual is not None:
         data['own'] = quantized((first.scores - first.residual)[0].numpy(), 127)
         data['residual'] = quantized(first.residual[0].numpy(), 127)
     return data

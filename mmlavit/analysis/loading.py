@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from mmengine.config import Config
 from mmengine.dataset import Compose, pseudo_collate
+from mmengine.model import BaseModel
 from mmengine.registry import MODELS, init_default_scope
 from torch import Tensor, nn
 
@@ -42,7 +43,7 @@ class ModelImage:
     picture: np.ndarray
 
 
-def load_model(config: str | Path, checkpoint: str | None) -> tuple[nn.Module, Config]:
+def load_model(config: str | Path, checkpoint: str | None) -> tuple[BaseModel, Config]:
     """Build the model of a config, with weights in its LaViT.
 
     Args:
@@ -71,7 +72,7 @@ def load_model(config: str | Path, checkpoint: str | None) -> tuple[nn.Module, C
     return model.eval(), cfg
 
 
-def build_model(config: str | Path) -> tuple[nn.Module, Config]:
+def build_model(config: str | Path) -> tuple[BaseModel, Config]:
     """Build the model of a config, without initializing its weights.
 
     Args:
@@ -146,7 +147,7 @@ def find_lavit(model: nn.Module) -> tuple[str, LaViT]:
     return next(iter(found.items()))
 
 
-def load_image(cfg: Config, model: nn.Module, image: str | Path) -> ModelImage:
+def load_image(cfg: Config, model: BaseModel, image: str | Path) -> ModelImage:
     """Read an image by the test pipeline of a config and the preprocessor of its model.
 
     Args:

@@ -133,21 +133,21 @@ def shared_cells(a: WindowGrid, b: WindowGrid) -> Cells:
             f'a and b must be over maps of one size, got {a.height} x {a.width} and '
             f'{b.height} x {b.width}'
         )
-    homes = [_homes(grid) for grid in (a, b)]
+    window_a, place_a, side_a = _homes(a)
+    window_b, place_b, side_b = _homes(b)
     # Tokens of one cell agree in window and side, in both layers.
-    key = torch.stack([part for window, _, side in homes for part in (window, side)])
+    key = torch.stack([window_a, side_a, window_b, side_b])
     _, cell, count = key.unique(dim=1, return_inverse=True, return_counts=True)
     order = cell.argsort(stable=True)
     start = count.cumsum(0) - count
     within = torch.arange(len(order)) - start[cell[order]]
     tokens = torch.full((len(count), int(count.max())), -1)
     tokens[cell[order], within] = order
-    first = tokens[:, 0]
-    there = tokens >= 0
+    first, some, there = tokens[:, 0], tokens.clamp(min=0), tokens >= 0
     return Cells(
         tokens,
-        windows=tuple(window[first] for window, _, _ in homes),
-        places=tuple(place[tokens.clamp(min=0)] * there for _, place, _ in homes),
+        windows=(window_a[first], window_b[first]),
+        places=(place_a[some] * there, place_b[some] * there),
     )
 
 

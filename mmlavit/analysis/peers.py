@@ -104,7 +104,7 @@ def _recording_peers(
 
 def _listen_to_swin(
     place: tuple[str, int, int],
-    module: nn.Module,
+    module: Any,
     record: Callable[..., None],
     device: torch.device | str | None,
 ) -> list:
@@ -118,7 +118,7 @@ def _listen_to_swin(
     def hear_attention(softmax: nn.Module, args: tuple, attn: Tensor) -> None:
         heard['attn'] = attn.detach()
 
-    def finish(module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> None:
+    def finish(module: Any, args: tuple, kwargs: dict, output: Tensor) -> None:
         query = args[0] if args else kwargs['query']
         height, width = args[1] if len(args) > 1 else kwargs['hw_shape']
         shift = module.shift_size if heard['shifted'] else 0
@@ -135,7 +135,7 @@ def _listen_to_swin(
 
 def _listen_to_pvt(
     place: tuple[str, int, int],
-    module: nn.Module,
+    module: Any,
     record: Callable[..., None],
     device: torch.device | str | None,
 ) -> list:

@@ -48,6 +48,17 @@ class LayerAttention:
     residual: Tensor | None = None
     grid: WindowGrid | None = None
 
+    @property
+    def window_grid(self) -> WindowGrid:
+        """``grid``, for what wants windows.
+
+        Raises:
+            ValueError: If there are none.
+        """
+        if self.grid is None:
+            raise ValueError(f'layer must attend in windows, {self.name} does not')
+        return self.grid
+
 
 @contextmanager
 def recording(

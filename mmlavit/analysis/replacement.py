@@ -51,11 +51,12 @@ class MeanAttention:
         """Add the images of one forward pass of a layer."""
         if self.refusal is not None:
             return
-        grid = self._grids.setdefault(layer.name, layer.grid)
-        if layer.grid != grid:
+        now = layer.window_grid
+        grid = self._grids.setdefault(layer.name, now)
+        if now != grid:
             self.refusal = (
                 'a mean over images needs images of one size: they came as maps of '
-                f'{grid.height} x {grid.width} and of {layer.grid.height} x {layer.grid.width} '
+                f'{grid.height} x {grid.width} and of {now.height} x {now.width} '
                 f'tokens to stage {layer.stage + 1}'
             )
             # They take as much memory as the attention of an image, for nothing.
@@ -217,7 +218,7 @@ class _Other(nn.Module):
         super().__init__()
         self.drop = drop
         self.make = make
-        self.grid: WindowGrid | None = None
+        self.grid: WindowGrid  # noted before each run
 
     def expect(self, block: Block, args: tuple[Tensor, WindowGrid, Tensor | None]) -> None:
         """Note, before a layer runs, on which grid it will attend."""

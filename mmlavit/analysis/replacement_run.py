@@ -241,9 +241,10 @@ class _Evaluation:
     def __init__(
         self, config: str | Path, cfg: Config, model: nn.Module, images: int | None, folder: str
     ) -> None:
-        self.split = next((s for s in ('val', 'test') if cfg.get(f'{s}_dataloader')), None)
-        if self.split is None:
+        split = next((s for s in ('val', 'test') if cfg.get(f'{s}_dataloader')), None)
+        if split is None:
             raise AnalysisError(f'{config} has no val_dataloader and no test_dataloader')
+        self.split = split
         self.is_fraction = cfg.default_scope == 'mmdet'
         self.hits = _Hits()
         check_data()

@@ -196,7 +196,7 @@ def _per_image(values: Tensor, images: int) -> Tensor:
 def _cosine(a: LayerAttention, b: LayerAttention) -> Tensor:
     """Mean cosine of each image of a batch."""
     images = a.attn.shape[0]
-    if a.grid == b.grid:
+    if a.grid is None or b.grid is None or a.grid == b.grid:
         maps, visible = _flat(a.attn, _visible(a))
         other = b.attn.flatten(0, 1)
     else:
@@ -229,7 +229,7 @@ def _rows(layer: LayerAttention, image: int, tokens: Tensor) -> Tensor:
         windows, places, visible = torch.zeros_like(tokens), tokens, None
     else:
         windows, places = home_of(layer.grid, tokens)
-        visible = _visible(layer)[windows, places].unsqueeze(1)
+        visible = visible_pairs(layer.grid).to(layer.attn.device)[windows, places].unsqueeze(1)
     rows = layer.attn[image][windows, :, places].unsqueeze(2)
     above = visible_attention(rows, visible) - visible_attention(torch.ones_like(rows), visible)
     return above.flatten(1)

@@ -9,6 +9,7 @@ from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure, SubFigure
+from matplotlib.image import AxesImage
 from matplotlib.lines import Line2D
 
 from .saturation import LayerNumbers
@@ -60,24 +61,28 @@ def draw(models: Models, title: str = '') -> Figure:
     """
     heights = [0.35, _CURVES_HEIGHT, _heat_map_height(models)]
     figure = Figure(figsize=(_WIDTH, sum(heights)))
-    head, top, bottom = figure.subfigures(3, 1, height_ratios=heights)
+    head, top, bottom = figure.subfigures(3, 1, squeeze=False, height_ratios=heights).ravel()
     head.text(0.5, 0.4, title, fontsize=13, ha='center', va='center')
-    draw_curves(models, top)
-    draw_heat_maps(models, bottom)
+    _curves(models, top)
+    _heat_maps(models, bottom)
     return figure
 
 
-def draw_curves(models: Models, figure: Figure | SubFigure | None = None) -> Figure | SubFigure:
+def draw_curves(models: Models) -> Figure:
     """Similarity to the layer before, diagonality, symmetry and entropy over the layers.
 
     Args:
         models: By name, the numbers of each layer.
-        figure: Where to draw; None for a figure of its own.
 
     Returns:
         The figure.
     """
-    figure = figure or Figure(figsize=(_WIDTH, _CURVES_HEIGHT))
+    figure = Figure(figsize=(_WIDTH, _CURVES_HEIGHT))
+    _curves(models, figure)
+    return figure
+
+
+def _curves(models: Models, figure: Figure | SubFigure) -> None:
     panels = figure.subplots(2, 3).ravel()
     # By hand: matplotlib's own layouts take as long as drawing does.
     figure.subplots_adjust(0.035, 0.05, 0.99, 0.94, wspace=0.17, hspace=0.25)
@@ -102,7 +107,6 @@ def draw_curves(models: Models, figure: Figure | SubFigure | None = None) -> Fig
             panel.set_ylim(min(0, panel.get_ylim()[0]), 1.03)
         panel.grid(axis='y', alpha=0.3)
     _legend(panels[-1], models)
-    return figure
 
 
 def _curve(
@@ -151,24 +155,33 @@ def _heat_map_height(models: Models) -> float:
     return _ROW_HEIGHT * len(models) + 0.1
 
 
-def draw_heat_maps(models: Models, figure: Figure | SubFigure | None = None) -> Figure | SubFigure:
+def draw_heat_maps(models: Models) -> Figure:
     """Similarity of all pairs of layers of each stage, by cosine on the left and CKA on the right.
 
     Args:
         models: By name, the numbers of each layer.
-        figure: Where to draw; None for a figure of its own.
 
     Returns:
         The figure.
     """
+    figure = Figure(figsize=(_WIDTH, _heat_map_height(models)))
+    _heat_maps(models, figure)
+    return figure
+
+
+def _heat_maps(models: Models, figure: Figure | SubFigure) -> None:
     height = _heat_map_height(models)
-    figure = figure or Figure(figsize=(_WIDTH, height))
     stages = 1 + max(layer.stage for layers in models.values() for layer in layers)
     columns = figure.add_gridspec(
-        *(len(models), 2 * stages + 3),
+        nrows=len(models),
+        ncols=2 * stages + 3,
         width_ratios=[*stages * [1], 0.07, 0.12, *stages * [1], 0.07],
-        **dict(left=0.035, right=0.965, wspace=0.4),
-        **dict(bottom=0.4 / height, top=1 - 0.6 / height, hspace=0.95),
+        left=0.035,
+        right=0.965,
+        wspace=0.4,
+        bottom=0.4 / height,
+        top=1 - 0.6 / height,
+        hspace=0.95,
     )
     for row, (name, layers) in enumerate(models.items()):
         for first, (similarity, title, colors) in zip((0, stages + 2), _SIMILARITIES, strict=True):
@@ -187,10 +200,11 @@ def draw_heat_maps(models: Models, figure: Figure | SubFigure | None = None) -> 
                     )
             bar = figure.add_subplot(columns[row, first + stages])
             figure.colorbar(image, cax=bar, ticks=(0, 0.5, 1)).ax.tick_params(labelsize=8)
-    return figure
 
 
-def _heat_map(panel: Axes, layers: Sequence[LayerNumbers], similarity: str, colors: str) -> object:
+def _heat_map(
+    panel: Axes, layers: Sequence[LayerNumbers], similarity: str, colors: str
+) -> AxesImage:
     values = np.array([getattr(layer, similarity) for layer in layers], dtype=float)
     values = values.reshape(len(layers), len(layers))
     image = panel.imshow(values, cmap=colors, vmin=0, vmax=1)

@@ -74,11 +74,10 @@ def compare(
     if len(set(names)) < len(names):
         raise AnalysisError(f'models must have different names, got {names}; see --name, --model')
     try:
-        device = torch.device(device)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
-        raise ValueError(f'--device: cannot use {str(device)!r}: {reason}') from error
+        raise ValueError(f'--device: cannot use {device!r}: {reason}') from error
     # All of them first, since measuring takes time.
     backbones = [load_backbone(m.config, m.checkpoint, seed).to(device) for m in models]
     meters = [SaturationMeter() for _ in models]

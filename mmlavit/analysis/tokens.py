@@ -35,9 +35,13 @@ class Query:
 
     @classmethod
     def at(cls, layer: LayerAttention, x: int, y: int) -> Query:
-        """The token that holds pixel ``x, y`` in the stage of a layer."""
+        """The token that holds pixel ``x, y`` in the stage of a layer.
+
+        Raises:
+            ValueError: If the layer has no windows.
+        """
         stride = stride_of(layer.stage)
-        return cls(layer.grid, stride, y // stride, x // stride)
+        return cls(layer.window_grid, stride, y // stride, x // stride)
 
     @property
     def window(self) -> int:

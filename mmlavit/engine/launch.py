@@ -9,7 +9,7 @@ import sys
 import traceback
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import mmlavit
 
@@ -157,8 +157,9 @@ def find_script(name: str, argv: list[str]) -> Path:
 
 
 def _tools(package: str) -> Path:
-    """The folder of a toolbox's scripts."""
-    return Path(find_spec(package).origin).parent / '.mim' / 'tools'
+    """The folder of the scripts of a toolbox that is installed."""
+    spec: Any = find_spec(package)
+    return Path(spec.origin).parent / '.mim' / 'tools'
 
 
 def main(name: str) -> None:

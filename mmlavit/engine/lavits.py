@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from typing import Any
 
 from mmengine.logging import print_log
 from mmengine.model import is_model_wrapper
@@ -14,9 +15,10 @@ from ..models.lavit import LaViT
 
 def unwrapped(model: nn.Module) -> nn.Module:
     """A model without what wraps it (DDP, FSDP)."""
-    while is_model_wrapper(model):
-        model = model.module
-    return model
+    inner: Any = model
+    while is_model_wrapper(inner):
+        inner = inner.module
+    return inner
 
 
 def lavits(model: nn.Module) -> dict[str, LaViT]:

@@ -79,6 +79,8 @@ class LaViTOptimWrapperConstructor(DefaultOptimWrapperConstructor):
             is built, the model has another backbone or flattened parameters.
     """
 
+    paramwise_cfg: dict
+
     def __init__(self, optim_wrapper_cfg: dict, paramwise_cfg: dict | None = None) -> None:
         super().__init__(optim_wrapper_cfg, paramwise_cfg)
         self.layer_decay_rate = self.paramwise_cfg.get('layer_decay_rate', 1.0)
@@ -198,8 +200,8 @@ class LaViTOptimWrapperConstructor(DefaultOptimWrapperConstructor):
         custom = self.paramwise_cfg.get('custom_keys', {})
         # The longest first, as in MMEngine.
         keys = sorted(sorted(key for key in custom if key in name), key=len, reverse=True)
-        above = next((custom[key] for key in keys if key in around), {})
-        naming = next((custom[key] for key in keys if key not in around), {})
+        above: dict = next((custom[key] for key in keys if key in around), {})
+        naming: dict = next((custom[key] for key in keys if key not in around), {})
         settings = {k: v for k, v in above.items() if k not in ('decay_mult', 'weight_decay')}
         settings.update(naming)
         if keys:

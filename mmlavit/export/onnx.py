@@ -139,7 +139,7 @@ def export_onnx(
         raise ExportError('the weights do not fit a file of ONNX, which holds at most 2 GB')
     generator = torch.Generator().manual_seed(seed)
     # Two images, since exporters take an axis of 1 for one that is always 1.
-    shapes = [(2 if dynamic else 1, _channels(model), *size)]
+    shapes: list[tuple[int, ...]] = [(2 if dynamic else 1, _channels(model), *size)]
     if dynamic:
         shapes += _other_shapes(shapes[0], generator)
     with in_evaluation(model), torch.no_grad():
@@ -195,7 +195,7 @@ def _channels(model: nn.Module) -> int:
 def _other_shapes(shape: tuple[int, ...], generator: torch.Generator) -> list[tuple[int, ...]]:
     """Four other shapes: one image, square; more, smaller and larger, mostly no round numbers."""
     channels, most = shape[1], 2 * max(shape[2:])
-    others = [(1, channels, 64, 64)]
+    others: list[tuple[int, ...]] = [(1, channels, 64, 64)]
     for batch, low in ((3, 1), (1, most // 2), (2, 1)):
         sides = torch.randint(low, most, (2,), generator=generator).add(32)
         others.append((batch, channels, *sides.tolist()))
@@ -210,7 +210,8 @@ def _record(
         with warnings.catch_warnings():
             # Of torch, about itself.
             warnings.simplefilter('ignore')
-            return torch.onnx.export(
+            # Never None with dynamo=True.
+            return torch.onnx.export(  # type: ignore[return-value]
                 model,
                 (example,),
                 dynamo=True,

@@ -7,6 +7,7 @@ Scores (before the softmax) travel from layer to layer as tensors (windows, head
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -52,7 +53,7 @@ class VanillaAttention(WindowAttention):
     """
 
     #: Whether it takes the scores of the layer before, or what the previous stage left.
-    reuses_scores = False
+    reuses_scores: Literal[False] = False
 
     def __init__(
         self,
@@ -102,7 +103,7 @@ class LessAttention(WindowAttention):
         fused: Whether one kernel may compute it, where that can be.
     """
 
-    reuses_scores = True
+    reuses_scores: Literal[True] = True
 
     def __init__(
         self,

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from importlib.util import find_spec
+from typing import TYPE_CHECKING, TypeVar
 
 from torch import nn
 
-if find_spec('mmengine') is not None:
+M = TypeVar('M', bound=nn.Module)
+
+# Type checkers always see the stand-in, since MMEngine shows them no annotations.
+if not TYPE_CHECKING and find_spec('mmengine') is not None:
     from mmengine.logging import print_log
     from mmengine.model import BaseModule
     from mmengine.registry import MODELS
 
-    register: Callable[[type], type] = MODELS.register_module()
+    register = MODELS.register_module()
 
     def say(text: str) -> None:
         """Write a line into the log of the run, or to stderr where there is no run."""
@@ -21,20 +24,20 @@ if find_spec('mmengine') is not None:
 
 else:
 
-    class BaseModule(nn.Module):  # type: ignore[no-redef]
+    class BaseModule(nn.Module):
         """A plain module, which takes ``init_cfg=None`` alone."""
 
         def __init__(self, init_cfg: dict | list[dict] | None = None) -> None:
             super().__init__()
             if init_cfg is not None:
                 raise ImportError('init_cfg needs MMEngine; load weights by load_state_dict')
-            self.init_cfg = None
+            self.init_cfg = init_cfg
             self.is_init = False
 
         def init_weights(self) -> None:
             """Leave the weights as they are: a LaViT starts initialized."""
 
-    def register(cls: type) -> type:
+    def register(cls: type[M]) -> type[M]:
         """Leave a class as it is."""
         return cls
 

@@ -15,6 +15,7 @@ from .attention import LessAttention, VanillaAttention
 from .attention_residual import AttentionResidual
 from .base import BaseModule, register, say
 from .block import Block, ConvStem, PatchEmbed
+from .module_list import ModuleList
 from .state_dict import (
     are_flattened,
     check_arch,
@@ -54,7 +55,7 @@ class Stage(nn.Module):
         super().__init__()
         self.downsample = downsample
         self.attention_residual = attention_residual
-        self.blocks = nn.ModuleList(blocks)
+        self.blocks = ModuleList(blocks)
         self.window = window
         self.with_cp = with_cp
 
@@ -73,7 +74,8 @@ class Stage(nn.Module):
         """
         if self.downsample is not None:
             x = self.downsample(x)
-        grid = WindowGrid(*x.shape[1:3], self.window)
+        height, width = x.shape[1:3]
+        grid = WindowGrid(height, width, self.window)
         residual = None
         if self.attention_residual is not None:
             residual = self.attention_residual(scores, prev, grid)
@@ -94,7 +96,7 @@ class LaViT(BaseModule):
     Args:
         arch: ``'nano'``, ``'tiny'``, ``'small'``, ``'base'``, or a dict with ``embed_dims``,
             ``num_heads``, ``depths``, ``vanilla_depths`` and ``mlp_ratios``, each with a value for
-            every stage. Defaults to ``'small'``.
+            every stage, or an :class:`~mmlavit.models.arch.Arch`. Defaults to ``'small'``.
         in_channels: Channels of the image. Defaults to 3.
         window_sizes: Side of the windows of each stage, in tokens, or one for all. Windows nest:
             ``2 * w[m] / w[m-1]`` is a whole number and ``w[m-1]`` is even. ``(56, 28, 14, 7)`` is
@@ -132,7 +134,7 @@ class LaViT(BaseModule):
 
     def __init__(
         self,
-        arch: str | Mapping = 'small',
+        arch: str | Mapping | Arch = 'small',
         in_channels: int = 3,
         window_sizes: int | Sequence[int] = (8, 8, 8, 8),
         out_indices: int | Sequence[int] = (0, 1, 2, 3),
@@ -173,15 +175,17 @@ class LaViT(BaseModule):
         total = sum(self.depths)
         drop_paths = iter(drop_path_rate * i / max(total - 1, 1) for i in range(total))
 
+        self.patch_embed: ConvStem | PatchEmbed
         if self.conv_stem:
             self.patch_embed = ConvStem(in_channels, arch.embed_dims[0])
         else:
             self.patch_embed = PatchEmbed(in_channels, arch.embed_dims[0], 4)
-        self.stages = nn.ModuleList()
+        self.stages: ModuleList[Stage] = ModuleList()
         for m in range(num_stages):
             dims, heads, window = arch.embed_dims[m], arch.num_heads[m], window_sizes[m]
             blocks = []
             for i in range(arch.depths[m]):
+                attn: VanillaAttention | LessAttention
                 if i < arch.vanilla_depths[m]:
                     attn = VanillaAttention(dims, heads, qkv_bias, attn_drop_rate, drop_rate)
                 else:
@@ -261,7 +265,8 @@ class LaViT(BaseModule):
     @property
     def _first_projection(self) -> nn.Conv2d:
         """The convolution that the image meets first."""
-        return (self.patch_embed.conv1 if self.conv_stem else self.patch_embed).proj
+        stem = self.patch_embed
+        return (stem.conv1 if isinstance(stem, ConvStem) else stem).proj
 
     def _freeze_stages(self) -> None:
         if self.frozen_stages < 0:

@@ -52,8 +52,9 @@ class _Observed:
     @property
     def mlp_ratio(self) -> float | None:
         """Hidden channels over channels."""
-        known = self.hidden_dims and self.embed_dims
-        return self.hidden_dims / self.embed_dims if known else None
+        if not self.hidden_dims or not self.embed_dims:
+            return None
+        return self.hidden_dims / self.embed_dims
 
 
 def _observe(weights: Mapping[str, Tensor]) -> dict[int, _Observed]:

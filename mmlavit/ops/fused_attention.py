@@ -11,7 +11,6 @@ import functools
 import os
 import warnings
 from collections.abc import Sequence
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -227,9 +226,9 @@ def _backward(
             *_sizes(v, grid, tiles, num_heads),
             **_options(v, grid, num_heads),
         )
-    if of_psi:
+    if grad_psi is not None:
         grad_psi = grad_psi.sum(0).to(psi.dtype)
-    if of_theta:
+    if grad_theta is not None:
         grad_theta = grad_theta.sum(0).to(theta.dtype)
     return grad_v, grad_scores, grad_psi, grad_theta
 
@@ -285,7 +284,7 @@ def _processors(device: torch.device) -> int:
 
 
 @functools.cache
-def _kernels() -> ModuleType | None:
+def _kernels() -> Any:
     """The kernels, or None without a Triton of version 3 or newer."""
     try:
         import triton
@@ -307,7 +306,7 @@ def _runs(
 
 # torch.compile asks while it compiles, and does not look inside. This is what
 # torch.compiler.assume_constant_result does, which takes two seconds to import.
-_runs._dynamo_marked_constant = True
+_runs._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @functools.cache

@@ -13,7 +13,7 @@ from .plain import are_plain
 from .saturate import saturate
 
 
-def halve_pairs(scores: Tensor, dwconv: nn.Module, pwconv: nn.Module) -> Tensor:
+def halve_pairs(scores: Tensor, dwconv: nn.Conv2d, pwconv: nn.Conv2d) -> Tensor:
     """``Conv1x1(DWConv(A))``: maps of pairs, halved along all of their four spatial axes.
 
     Args:

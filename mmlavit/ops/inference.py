@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,11 @@ from .linear import linear
 from .pieces import Slab, cut_into_slabs, fill_padded, merge_and_crop, pad_and_partition
 from .plain import are_plain, is_unwatched_inference
 from .scores import scaled_product, two_sided_linear
+
+if TYPE_CHECKING:
+    from ..models.attention import LessAttention, VanillaAttention
+    from ..models.block import Block
+    from ..models.mlp import MLP
 
 # A layer works on up to so many tokens at a time. Few stay in the cache, many keep products large:
 # 4096 and a whole map of 800 x 1280 took 1.1 times as long on two Xeon cores, 2048 and a whole map
@@ -37,12 +43,14 @@ def serves(blocks: nn.ModuleList, x: Tensor) -> bool:
 
 
 def layers(
-    blocks: Sequence[nn.Module], x: Tensor, grid: WindowGrid, residual: Tensor | None
+    blocks: nn.ModuleList, x: Tensor, grid: WindowGrid, residual: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Run the layers of a stage; arguments and result as of :func:`mmlavit.ops.layers.layers`."""
     slabs = cut_into_slabs(grid, x.shape[0], SLAB_TOKENS)
     nothing = [None] * len(slabs)
-    scores = nothing
+    block: Any
+    given: Sequence[Tensor | None]
+    scores: list[Tensor] = []
     for i, block in enumerate(blocks):
         if i == 0 and residual is not None:
             given = residual.split([slab.count for slab in slabs])
@@ -53,7 +61,7 @@ def layers(
 
 
 def _layer(
-    block: nn.Module, x: Tensor, slabs: Sequence[Slab], given: Sequence[Tensor | None]
+    block: Block, x: Tensor, slabs: Sequence[Slab], given: Sequence[Tensor | None]
 ) -> tuple[Tensor, list[Tensor]]:
     # The hidden activations of a slab stay in the cache, and memory that one slab has used serves
     # the next instead of coming fresh from the system, page by page.
@@ -71,12 +79,12 @@ def _layer(
 
 
 def _attention(
-    attn: nn.Module, x: Tensor, grid: WindowGrid, given: Tensor | None
+    attn: VanillaAttention | LessAttention, x: Tensor, grid: WindowGrid, given: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     heads = attn.num_heads
     if attn.reuses_scores:
         (v,) = pad_and_partition(grid, _linear(attn.v, x), 1, heads)
-        scores = two_sided_linear(given, attn.psi, attn.theta, linear)
+        scores = two_sided_linear(cast(Tensor, given), attn.psi, attn.theta, linear)
         if grid.padded:
             fill_padded(grid, scores, queries=0.0, keys=0.0)
     else:
@@ -90,7 +98,7 @@ def _attention(
     return _linear(attn.proj, merge_and_crop(grid, z)), scores
 
 
-def _mlp(mlp: nn.Module, x: Tensor) -> Tensor:
+def _mlp(mlp: MLP, x: Tensor) -> Tensor:
     # In place: a second tensor of this size would come fresh from the system.
     return _linear(mlp.fc2, torch.ops.aten.gelu_(_linear(mlp.fc1, x)))
 

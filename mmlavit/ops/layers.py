@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -31,9 +33,10 @@ def layers(
     """
     if inference.serves(blocks, x):
         return inference.layers(blocks, x, grid, residual)
-    scores = None
+    block: Any
+    scores: Any = residual
     for i, block in enumerate(blocks):
-        given = residual if i == 0 else scores if block.attn.reuses_scores else None
+        given = scores if i == 0 or block.attn.reuses_scores else None
         if with_cp and x.requires_grad:
             x, scores = checkpoint(block, x, grid, given, use_reentrant=False)
         else:

@@ -15,7 +15,7 @@ from .mode import is_dispatched, is_traced, is_transformed
 from .recompute import autocasts, gradients
 
 # Inductor's own, and so not documented, but there since torch 2.0. It knows no gradients.
-_onednn_linear = None
+_onednn_linear: Any = None
 if torch.backends.mkldnn.is_available():
     _onednn_linear = getattr(torch.ops.mkldnn, '_linear_pointwise', None)
 
@@ -52,7 +52,7 @@ def prefers_onednn(x: Tensor) -> bool:
         and x.device.type == 'cpu'
         and x.dtype == torch.float32
         and _onednn_linear is not None
-        and torch.backends.mkldnn.enabled
+        and bool(torch.backends.mkldnn.enabled)
         and not is_transformed()
         and not autocasts(x)
     )

@@ -12,8 +12,10 @@ from .mode import is_dispatched, is_traced, is_transformed
 
 _KINDS = (nn.Conv2d, nn.Dropout, nn.GELU, nn.LayerNorm, nn.Linear)
 _HOOKS = ('_forward_pre_hooks', '_forward_hooks', '_backward_pre_hooks', '_backward_hooks')
-_GLOBAL = ('_global_forward_pre_hooks', '_global_forward_hooks')
-_GLOBAL += ('_global_backward_pre_hooks', '_global_backward_hooks')
+_GLOBAL = (
+    *('_global_forward_pre_hooks', '_global_forward_hooks'),
+    *('_global_backward_pre_hooks', '_global_backward_hooks'),
+)
 
 
 def are_plain(modules: Iterable[nn.Module]) -> bool:

@@ -19,13 +19,14 @@ def autocasts(x: Tensor) -> bool:
 
 def gradients(
     out: Tensor,
-    tensors: Sequence[Tensor],
+    tensors: Sequence[Tensor | None],
     needed: Sequence[bool],
     grad: Tensor | None,
     create_graph: bool = False,
 ) -> list[Tensor | None]:
     """Gradients of ``out`` with respect to the tensors that need one, None for the others."""
-    wanted = [t for t, is_needed in zip(tensors, needed, strict=True) if is_needed]
+    pairs = zip(tensors, needed, strict=True)
+    wanted = [t for t, is_needed in pairs if is_needed and t is not None]
     found = torch.autograd.grad(out, wanted, grad, create_graph=create_graph) if wanted else ()
     grads = iter(found)
     return [next(grads) if is_needed else None for is_needed in needed]

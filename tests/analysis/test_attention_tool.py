@@ -1,6 +1,7 @@
 """tools/analysis/attention.py as a user runs it, and what it draws, token by token."""
 
 import base64
+import dataclasses
 import gzip
 import importlib.util
 import json
@@ -314,6 +315,21 @@ def expected_heat(layer: LayerAttention, maps: torch.Tensor, head: int | None, x
 
 # The last is in a window that both edges cut.
 POINTS = [(0, 0), (40, 25), (73, 51)]
+
+
+@pytest.mark.parametrize('heads', ['first', 1, -1])
+def test_heads_that_are_not_there(layers, heads):
+    with pytest.raises(ValueError, match=f'one of 0..0, which stage 1 has, got {heads!r}'):
+        draw_sheet(PICTURE, layers, POINTS, heads, window_sizes=WINDOWS)
+
+
+def test_layers_without_windows_are_not_drawn(layers):
+    layers = [dataclasses.replace(layer, grid=None) for layer in layers]
+    message = 'layer must attend in windows, stages.0.blocks.0.attn does not'
+    with pytest.raises(ValueError, match=message):
+        draw_sheet(PICTURE, layers, POINTS, window_sizes=WINDOWS)
+    with pytest.raises(ValueError, match=message):
+        draw_page(PICTURE, layers, POINTS[0])
 
 
 @pytest.mark.parametrize('heads', ['mean', pytest.param('each', marks=pytest.mark.slow), 0])

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -397,6 +398,16 @@ def test_files_without_checksums_are_damaged_only_where_they_are(tmp_path, form,
     assert (damage(path) is None) == (cut == 0)
     if not cut:
         require_whole(path, 'epoch_{}.pth')
+
+
+def test_damage_that_python_has_no_words_for_goes_by_its_name(tmp_path, monkeypatch):
+    def testzip(archive: zipfile.ZipFile) -> None:
+        # What it says of a file that ends before its table of contents does.
+        raise EOFError
+
+    torch.save({}, tmp_path / 'epoch_1.pth')
+    monkeypatch.setattr(zipfile.ZipFile, 'testzip', testzip)
+    assert damage(tmp_path / 'epoch_1.pth') == 'the file is truncated or damaged (EOFError)'
 
 
 # -- Full disks ------------------------------------------------------------------------------------

@@ -92,7 +92,7 @@ class AttentionVisualizationHook(Hook):
         outputs: dict | None = None,
     ) -> None:
         """Measure and log, if the iteration was due."""
-        if self._handle is None:
+        if self._handle is None or self._backbone is None:
             return
         noted = self._stop()
         step = runner.iter + 1

@@ -194,9 +194,10 @@ class SafeCheckpointHook(CheckpointHook):
         else:
             numbered = _numbered(folder, self.filename_tmpl).values()
             newest_first = sorted(numbered, key=lambda p: p.stat().st_mtime_ns, reverse=True)
-            found = _first_whole(newest_first)
-            if found is None:
+            newest = _first_whole(newest_first)
+            if newest is None:
                 return None
+            found = newest
         pointer = Path(runner.work_dir) / 'last_checkpoint'
         wrong = f'names {named}, which is not there' if named else 'is empty or missing'
         runner.logger.warning(f'{pointer} {wrong}; the newest checkpoint here is {found}.')
@@ -263,7 +264,7 @@ def damage(path: Path) -> str | None:
             has_checksums = any(entry.CRC for entry in archive.infolist())
             broken = archive.testzip() if has_checksums else None
     except Exception as error:  # damaged headers raise whatever the wrong numbers lead to
-        return f'the file is truncated or damaged ({error or type(error).__name__})'
+        return f'the file is truncated or damaged ({str(error) or type(error).__name__})'
     return broken and f'the file is damaged (wrong checksum of {broken})'
 
 
@@ -280,9 +281,8 @@ def _number(name: str, template: str) -> int | None:
 def _numbered(folder: Path, template: str) -> dict[int, Path]:
     """The checkpoints in a folder by their epoch or iteration."""
     paths = folder.iterdir() if folder.is_dir() else ()
-    numbered = {_number(path.name, template): path for path in paths}
-    numbered.pop(None, None)
-    return numbered
+    numbered = ((_number(path.name, template), path) for path in paths)
+    return {number: path for number, path in numbered if number is not None}
 
 
 def _owes_validation(runner: Runner) -> bool:

@@ -129,7 +129,7 @@ class NumberedBatches:
             if not self.endless or number < 0:
                 return
             self.epoch += 1
-            sampler = getattr(self.batches, 'sampler', None)
+            sampler: Any = getattr(self.batches, 'sampler', None)
             if hasattr(sampler, 'set_epoch'):
                 sampler.set_epoch(self.epoch)
 
