@@ -7,7 +7,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-
 # Before torch 2.4 there is a function for each kind of device.
 _ASKS_BY_DEVICE = hasattr(torch.amp, 'is_autocast_available')
 
