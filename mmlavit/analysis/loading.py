@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ..engine.checkpoint_file import read_weights
 from ..engine.launch import read_scope, require_package
+from ..engine.lavits import lavits
 from ..errors import MMLaViTError
 from ..models.lavit import LaViT
 from ..models.state_dict import strip_prefix
@@ -139,10 +140,10 @@ def find_lavit(model: nn.Module) -> tuple[str, LaViT]:
     Raises:
         ValueError: If there is none.
     """
-    for path, module in model.named_modules():
-        if isinstance(module, LaViT):
-            return path, module
-    raise ValueError(f'model must hold a LaViT, {type(model).__name__} holds none')
+    found = lavits(model)
+    if not found:
+        raise ValueError(f'model must hold a LaViT, {type(model).__name__} holds none')
+    return next(iter(found.items()))
 
 
 def load_image(cfg: Config, model: nn.Module, image: str | Path) -> ModelImage:

@@ -12,19 +12,26 @@ NUM_STAGES = 4
 OPTIONS = ('conv_stem', 'overlap_downsample')
 
 
-def as_int(name: str, value: object) -> int:
+def as_int(name: str, value: object, minimum: int | None = None, maximum: int | None = None) -> int:
     """An integer of Python's or NumPy's, as one of Python's.
 
     Args:
         name: The argument, for the message.
         value: What the user gave.
+        minimum: Smallest allowed value, or None.
+        maximum: Largest allowed value beside a minimum, or None.
 
     Raises:
         TypeError: If it is none; True and False are none.
+        ValueError: If it is out of bounds.
     """
     if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, np.integer)):
         raise TypeError(f'{name} must be an integer, got {value!r}')
-    return int(value)
+    value = int(value)
+    if minimum is not None and (value < minimum or (maximum is not None and value > maximum)):
+        limits = f'at least {minimum}' if maximum is None else f'in {minimum}..{maximum}'
+        raise ValueError(f'{name} must be {limits}, got {value}')
+    return value
 
 
 def as_ints(name: str, values: object) -> list[int]:

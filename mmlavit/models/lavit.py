@@ -156,9 +156,9 @@ class LaViT(BaseModule):
             nesting_ratio(prev_window, window)
         self.arch = arch
         self.window_sizes = window_sizes
-        self.in_channels = _check_int('in_channels', in_channels, 1)
+        self.in_channels = as_int('in_channels', in_channels, 1)
         self.out_indices = _check_out_indices(out_indices)
-        self.frozen_stages = _check_int('frozen_stages', frozen_stages, -1, NUM_STAGES)
+        self.frozen_stages = as_int('frozen_stages', frozen_stages, -1, NUM_STAGES)
         self.conv_stem = _check_option('conv_stem', conv_stem, arch)
         self.overlap_downsample = _check_option('overlap_downsample', overlap_downsample, arch)
         drop_rate = _check_rate('drop_rate', drop_rate)
@@ -406,14 +406,6 @@ def _pretrained(init_cfg: dict | list[dict] | None) -> list[dict]:
         raise ValueError(f'init_cfg must have a type or a checkpoint, got {untyped[0]!r}')
     names = 'Pretrained', 'PretrainedInit'
     return [cfg for cfg in cfgs if getattr(cfg['type'], '__name__', cfg['type']) in names]
-
-
-def _check_int(name: str, value: object, minimum: int, maximum: int | None = None) -> int:
-    value = as_int(name, value)
-    if value < minimum or (maximum is not None and value > maximum):
-        limits = f'at least {minimum}' if maximum is None else f'in {minimum}..{maximum}'
-        raise ValueError(f'{name} must be {limits}, got {value}')
-    return value
 
 
 def _check_bool(name: str, value: object) -> bool:

@@ -5,7 +5,6 @@ Everything here is geometry of a map of tokens; nothing knows what the tokens me
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -101,29 +100,6 @@ class WindowGrid:
         below = may_differ(self.rows * self.window, self.height)
         return below or may_differ(self.cols * self.window, self.width)
 
-    def slabs(self, batch: int, tokens: int) -> list[Slab]:
-        """Cut a batch of maps into pieces that share no window.
-
-        Args:
-            batch: Maps in the batch.
-            tokens: How many tokens a piece may hold, unless a single row of windows has more.
-
-        Returns:
-            Groups of whole maps or, where a map has more tokens than that, rows of windows of one
-            map, in the order in which the windows are counted. Pieces are about equal.
-        """
-        most = tokens // (self.height * self.width)
-        if most:
-            group = ceil_div(batch, ceil_div(batch, most))
-            return [Slab(i, min(group, batch - i), 0, self) for i in range(0, batch, group)]
-        most = max(1, tokens // (self.window * self.width))
-        step = ceil_div(self.rows, ceil_div(self.rows, most)) * self.window
-        cuts = [
-            (y, WindowGrid(min(step, self.height - y), self.width, self.window))
-            for y in range(0, self.height, step)
-        ]
-        return [Slab(i, 1, y, grid) for i in range(batch) for y, grid in cuts]
-
     def pad(self, x: Tensor) -> Tensor:
         """Fill the last windows up with zeros.
 
@@ -177,86 +153,6 @@ class WindowGrid:
         x = x.reshape(-1, self.rows, self.cols, num_heads, w, w, d).permute(0, 1, 4, 2, 5, 3, 6)
         return self.crop(x.reshape(-1, self.rows * w, self.cols * w, num_heads * d))
 
-    def pad_and_partition(self, x: Tensor, num_parts: int, num_heads: int) -> Tensor:
-        """``partition(pad(x))`` in one copy; gradients do not come through it.
-
-        Args:
-            x: Map (B, height, width, num_parts * num_heads * d).
-            num_parts: As in :meth:`partition`.
-            num_heads: As in :meth:`partition`.
-
-        Returns:
-            Tensor (num_parts, B * rows * cols, num_heads, n, d).
-        """
-        if not self.padded:
-            return self.partition(x, num_parts, num_heads)
-        w, d = self.window, x.shape[-1] // (num_parts * num_heads)
-        out = x.new_zeros(num_parts, x.shape[0], self.rows, self.cols, num_heads, w, w, d)
-        windows = out.permute(1, 2, 3, 5, 6, 0, 4, 7)
-        for in_windows, in_map in self._regions(windows, x.unflatten(-1, (num_parts, -1, d))):
-            in_windows.copy_(in_map)
-        return out.view(num_parts, -1, num_heads, w * w, d)
-
-    def merge_and_crop(self, x: Tensor) -> Tensor:
-        """``crop(merge(x))`` in one copy; gradients do not come through it.
-
-        Args:
-            x: Tensor (B * rows * cols, num_heads, n, d).
-
-        Returns:
-            Map (B, height, width, num_heads * d).
-        """
-        if not self.padded:
-            return self.merge(x)
-        num_heads, d, w = x.shape[1], x.shape[3], self.window
-        windows = x.reshape(-1, self.rows, self.cols, num_heads, w, w, d)
-        out = x.new_empty(windows.shape[0], self.height, self.width, num_heads, d)
-        for in_windows, in_map in self._regions(windows.permute(0, 1, 2, 4, 5, 3, 6), out):
-            in_map.copy_(in_windows)
-        return out.flatten(-2)
-
-    def _regions(self, windows: Tensor, x: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """The whole windows, those cut at the right, at the bottom, and at both.
-
-        Args:
-            windows: (B, rows, cols, window, window, ...).
-            x: The map (B, height, width, ...) that they hold.
-
-        Yields:
-            A part of each, views of equal shape (B, rows, cols, height, width, ...).
-        """
-        for rows, ys, height in self._runs(self.height):
-            for cols, xs, width in self._runs(self.width):
-                part = x[:, ys, xs].unflatten(2, (-1, width)).unflatten(1, (-1, height))
-                yield windows[:, rows, cols, :height, :width], part.transpose(2, 3)
-
-    def _runs(self, size: int) -> list[tuple[slice, slice, int]]:
-        """Windows of equal extent along an axis: which, over which tokens, how many in each."""
-        whole, rest = divmod(size, self.window)
-        end = whole * self.window
-        runs = [(slice(0, whole), slice(0, end), self.window)] if whole else []
-        return [*runs, (slice(whole, whole + 1), slice(end, size), rest)] if rest else runs
-
-    def fill_padded(
-        self, pairs: Tensor, *, queries: float | None = None, keys: float | None = None
-    ) -> None:
-        """Overwrite the pairs that involve a padded token, in place.
-
-        Args:
-            pairs: Maps of pairs (B * rows * cols, num_heads, n, n).
-            queries: Value for pairs with a padded query; None leaves them.
-            keys: Value for pairs with a padded key, then; None leaves them.
-        """
-        w = self.window
-        pairs = pairs.view(-1, self.rows, self.cols, pairs.shape[1], w, w, w, w)
-        bottom, right = pairs[:, -1], pairs[:, :, -1]
-        rows, cols = self.height - (self.rows - 1) * w, self.width - (self.cols - 1) * w
-        for value, first in ((queries, 3), (keys, 5)):
-            if value is not None and rows < w:
-                bottom.narrow(first, rows, w - rows).fill_(value)
-            if value is not None and cols < w:
-                right.narrow(first + 1, cols, w - cols).fill_(value)
-
     def valid(self, device: torch.device | str | None = None) -> Tensor:
         """Which tokens are real.
 
@@ -299,29 +195,3 @@ class WindowGrid:
         return block_diagonal(blocks.transpose(2, 3)).reshape(
             -1, num_heads, self.window**2, self.window**2
         )
-
-
-@dataclass(frozen=True)
-class Slab:
-    """Some windows of a batch of maps of tokens.
-
-    Args:
-        image: The first of its maps.
-        images: How many maps.
-        row: The first of its rows of tokens in each.
-        grid: Grid of the windows over its rows.
-    """
-
-    image: int
-    images: int
-    row: int
-    grid: WindowGrid
-
-    @property
-    def count(self) -> int:
-        """Windows, over all maps."""
-        return self.images * self.grid.rows * self.grid.cols
-
-    def of(self, x: Tensor) -> Tensor:
-        """The slab's tokens of a batch of maps (B, H, W, C), a view."""
-        return x[self.image : self.image + self.images, self.row : self.row + self.grid.height]

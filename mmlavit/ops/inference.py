@@ -13,8 +13,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from ..models.windows import Slab, WindowGrid
+from ..models.windows import WindowGrid
 from .linear import linear
+from .pieces import Slab, cut_into_slabs, fill_padded, merge_and_crop, pad_and_partition
 from .plain import are_plain, is_unwatched_inference
 from .scores import scaled_product, two_sided_linear
 
@@ -39,7 +40,7 @@ def layers(
     blocks: Sequence[nn.Module], x: Tensor, grid: WindowGrid, residual: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Run the layers of a stage; arguments and result as of :func:`mmlavit.ops.layers.layers`."""
-    slabs = grid.slabs(x.shape[0], SLAB_TOKENS)
+    slabs = cut_into_slabs(grid, x.shape[0], SLAB_TOKENS)
     nothing = [None] * len(slabs)
     scores = nothing
     for i, block in enumerate(blocks):
@@ -74,19 +75,19 @@ def _attention(
 ) -> tuple[Tensor, Tensor]:
     heads = attn.num_heads
     if attn.reuses_scores:
-        (v,) = grid.pad_and_partition(_linear(attn.v, x), 1, heads)
+        (v,) = pad_and_partition(grid, _linear(attn.v, x), 1, heads)
         scores = two_sided_linear(given, attn.psi, attn.theta, linear)
         if grid.padded:
-            grid.fill_padded(scores, queries=0.0, keys=0.0)
+            fill_padded(grid, scores, queries=0.0, keys=0.0)
     else:
-        q, k, v = grid.pad_and_partition(_linear(attn.qkv, x), 3, heads)
+        q, k, v = pad_and_partition(grid, _linear(attn.qkv, x), 3, heads)
         scores = scaled_product(q, k, attn.scale, given)
     if grid.padded:
-        grid.fill_padded(scores, keys=-math.inf)
+        fill_padded(grid, scores, keys=-math.inf)
     z = scores.softmax(dim=-1) @ v
     if grid.padded:
-        grid.fill_padded(scores, keys=0.0)
-    return _linear(attn.proj, grid.merge_and_crop(z)), scores
+        fill_padded(grid, scores, keys=0.0)
+    return _linear(attn.proj, merge_and_crop(grid, z)), scores
 
 
 def _mlp(mlp: nn.Module, x: Tensor) -> Tensor:

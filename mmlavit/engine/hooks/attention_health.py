@@ -13,6 +13,7 @@ from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 from torch import Tensor
 
+from ...models.arch import as_int
 from ...models.attention import WindowAttention
 from ...models.lavit import LaViT
 from ...models.windows import WindowGrid
@@ -75,11 +76,7 @@ class AttentionHealthHook(Hook):
     """
 
     def __init__(self, interval: int = 100) -> None:
-        if not isinstance(interval, int) or isinstance(interval, bool):
-            raise TypeError(f'interval must be an integer, got {interval!r}')
-        if interval < 1:
-            raise ValueError(f'interval must be at least 1, got {interval}')
-        self.interval = interval
+        self.interval = as_int('interval', interval, 1)
         self._backbones: dict[str, LaViT] = {}
         self._handles: list = []
         self._seen: dict[WindowAttention, tuple[str, Tensor]] = {}

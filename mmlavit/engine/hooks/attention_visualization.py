@@ -13,6 +13,7 @@ from mmengine.runner import Runner
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
+from ...models.arch import as_int
 from ...models.lavit import LaViT
 from ...ops.mode import in_evaluation
 from ..lavits import lavits_of
@@ -57,13 +58,8 @@ class AttentionVisualizationHook(Hook):
     priority = 'VERY_LOW'
 
     def __init__(self, interval: int = 1000, images: int = 4) -> None:
-        for name, value in (('interval', interval), ('images', images)):
-            if not isinstance(value, int) or isinstance(value, bool):
-                raise TypeError(f'{name} must be an integer, got {value!r}')
-            if value < 1:
-                raise ValueError(f'{name} must be at least 1, got {value}')
-        self.interval = interval
-        self.images = images
+        self.interval = as_int('interval', interval, 1)
+        self.images = as_int('images', images, 1)
         self._backbone: LaViT | None = None
         self._handle: Any = None
         self._noted: Tensor | None = None

@@ -16,7 +16,7 @@ from mmlavit.models.arch import Arch
 from repository.benchmark import memory, models, report, suites, timing
 from repository.benchmark.workload import BackboneWorkload, Settings, Task
 
-REPOSITORY = Path(__file__).parents[1]
+REPOSITORY = Path(__file__).parents[2]
 SMALL = [Task('inference', (1, 3, 64, 96)), Task('training', (2, 3, 64, 64))]
 
 

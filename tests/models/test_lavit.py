@@ -20,6 +20,7 @@ from mmlavit import ARCHS, LaViT
 from mmlavit.models.attention import LessAttention
 from mmlavit.models.block import DropPath
 from mmlavit.models.windows import WindowGrid
+from mmlavit.ops import inference
 
 STRIDES = (4, 8, 16, 32)
 STEM, OVERLAP = dict(conv_stem=True), dict(overlap_downsample=True)
@@ -139,8 +140,8 @@ def test_what_stands_at_padded_positions_changes_nothing(size, with_gradients, m
 
     with torch.set_grad_enabled(with_gradients):
         expected = model(x)
-        for name in ('partition', 'pad_and_partition'):
-            monkeypatch.setattr(WindowGrid, name, poison(getattr(WindowGrid, name)))
+        for owner, name in ((WindowGrid, 'partition'), (inference, 'pad_and_partition')):
+            monkeypatch.setattr(owner, name, poison(getattr(owner, name)))
         assert_maps(model(x), expected, 1e-12)
     assert any(poisoned)
 

@@ -15,7 +15,7 @@ from mmengine.config import Config
 
 from repository import demo
 
-REPOSITORY = Path(__file__).parents[1]
+REPOSITORY = Path(__file__).parents[2]
 
 
 def write_run(work_dir: Path, name: str, records: list[dict]) -> None:

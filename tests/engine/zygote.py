@@ -37,7 +37,7 @@ def spare_what_takes_longer_than_training() -> None:
     ):
         setattr(module, name, functools.cache(getattr(module, name)))
     mmengine.runner.runner.collect_env()
-    Config.fromfile(Path(__file__).parents[1] / 'configs' / 'lavit_n_shapes.py')
+    Config.fromfile(Path(__file__).parents[2] / 'configs' / 'lavit_n_shapes.py')
 
 
 def run(order: dict) -> None:

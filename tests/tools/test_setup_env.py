@@ -15,7 +15,7 @@ from types import ModuleType
 import psutil
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / 'tools' / 'setup_env.py'
 
 

@@ -26,7 +26,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from mmlavit.models.attention import LessAttention
 from mmlavit.models.block import DropPath
 
-CONFIGS = Path(__file__).resolve().parents[1] / 'configs'
+CONFIGS = Path(__file__).resolve().parents[2] / 'configs'
 FILES = sorted(CONFIGS.glob('*.py'))
 SHAPES = [file for file in FILES if file.stem.endswith('_shapes')]
 PAPER = [file for file in FILES if file not in SHAPES]

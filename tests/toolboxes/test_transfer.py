@@ -27,7 +27,7 @@ from mmlavit import LaViT
 from mmlavit.datasets.shapes import ShapesRecipe, make_shapes
 from mmlavit.models.state_dict import resize_window_weight
 
-CONFIGS = Path(__file__).resolve().parents[1] / 'configs'
+CONFIGS = Path(__file__).resolve().parents[2] / 'configs'
 CLASSIFIERS = {file.stem.split('_')[1]: file for file in CONFIGS.glob('lavit_*.py')}
 TASKS = sorted(file for file in CONFIGS.glob('*.py') if not file.stem.startswith('lavit_'))
 

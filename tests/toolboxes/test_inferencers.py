@@ -35,7 +35,7 @@ from torch import Tensor
 from mmlavit import LaViT
 from mmlavit.datasets.shapes import CLASSES, ShapesRecipe, make_shapes
 
-CONFIGS = Path(__file__).resolve().parents[1] / 'configs'
+CONFIGS = Path(__file__).resolve().parents[2] / 'configs'
 INFERENCERS = {
     'mmpretrain': ImageClassificationInferencer,
     'mmdet': DetInferencer,

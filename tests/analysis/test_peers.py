@@ -7,7 +7,7 @@ import pytest
 import reference
 import torch
 from small import images, move_weights, seeded, sharpen, small_lavit
-from test_analysis_measures import pairs_of
+from test_measures import pairs_of
 from torch import Tensor, nn
 
 from mmlavit.analysis.measures import (

@@ -23,8 +23,9 @@ from torch import Tensor
 
 from mmlavit import LaViT
 from mmlavit.models.block import ConvStem, PatchEmbed
-from mmlavit.models.windows import Slab, WindowGrid
+from mmlavit.models.windows import WindowGrid
 from mmlavit.ops import inference
+from mmlavit.ops.pieces import Slab, cut_into_slabs
 
 STAGES = 4
 
@@ -130,7 +131,9 @@ class Case:
             kinds += ['padded' if height % window or width % window else 'whole windows']
         grid = WindowGrid(*sides[0], windows[0])
         if not self.training and self.grad in ('no_grad', 'inference mode'):
-            kinds += ['slabs' if len(grid.slabs(batch, self.slab_tokens)) > 1 else 'one slab']
+            kinds += [
+                'slabs' if len(cut_into_slabs(grid, batch, self.slab_tokens)) > 1 else 'one slab'
+            ]
         return sorted(set(kinds))
 
 
@@ -371,11 +374,8 @@ def psi_and_theta_swapped(scores: Tensor, psi: Tensor, theta: Tensor, *_: object
     return theta @ scores @ psi.mT
 
 
-original_slabs = WindowGrid.slabs
-
-
 def slabs_from_the_top(grid: WindowGrid, batch: int, tokens: int) -> list[Slab]:
-    return [replace(slab, image=0, row=0) for slab in original_slabs(grid, batch, tokens)]
+    return [replace(slab, image=0, row=0) for slab in cut_into_slabs(grid, batch, tokens)]
 
 
 original_rows = sys.modules['mmlavit.ops.halve_pairs']._rows_of_keys
@@ -399,10 +399,10 @@ def stem_without_gelu(stem: ConvStem, x: Tensor) -> Tensor:
 
 FAULTS = {
     'padded keys not masked': ('attend', 'key_mask', no_mask),
-    'padded pairs not cleared in inference': (WindowGrid, 'fill_padded', no_fill),
+    'padded pairs not cleared in inference': ('inference', 'fill_padded', no_fill),
     'padded pairs not cleared': ('less_attention', 'zero_padded_pairs', lambda scores, _: scores),
     'Psi for Theta': ('inference', 'two_sided_linear', psi_and_theta_swapped),
-    'every slab the first one': (WindowGrid, 'slabs', slabs_from_the_top),
+    'every slab the first one': ('inference', 'cut_into_slabs', slabs_from_the_top),
     'the residual turned': ('halve_pairs', '_rows_of_keys', rows_for_columns),
     'overlap on the other sides': (PatchEmbed, 'forward', overlap_below_and_right),
     'no GELU in the stem': (ConvStem, 'forward', stem_without_gelu),

@@ -1,6 +1,6 @@
 """The fused kernels against the naive reference and the plain way through PyTorch.
 
-`test_fused_attention.py` runs this file twice, each time in a process of its own: with
+`ops` runs this file twice, each time in a process of its own: with
 TRITON_INTERPRET=1, which Triton wants to see before it is imported, on the CPU, and without it on
 the GPU where there is one.
 """

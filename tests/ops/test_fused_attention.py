@@ -1,4 +1,4 @@
-"""Runs `fused_attention_cases.py` with and without a GPU; the rest holds without Triton, too."""
+"""Runs `ops` with and without a GPU; the rest holds without Triton, too."""
 
 import os
 import re
@@ -31,7 +31,7 @@ def python(*arguments: object, **variables: str) -> subprocess.CompletedProcess[
     environment = {k: v for k, v in os.environ.items() if k != 'TRITON_INTERPRET'}
     return subprocess.run(
         [sys.executable, *map(str, arguments)],
-        cwd=CASES.parents[1],
+        cwd=CASES.parents[2],
         env={**environment, **variables},
         capture_output=True,
         text=True,

@@ -20,7 +20,7 @@ from mmlavit.datasets import shapes
 from mmlavit.datasets.shapes import CLASSES, ShapesRecipe, draw_image, make_shapes, read_manifest
 
 RECIPE = ShapesRecipe(num_train=8, num_val=3, size=64, seed=7)
-TOOL = Path(__file__).parents[1] / 'tools' / 'make_shapes.py'
+TOOL = Path(__file__).parents[2] / 'tools' / 'make_shapes.py'
 SPLITS = [('train', 'training', 8), ('val', 'validation', 3)]
 
 

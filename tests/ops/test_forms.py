@@ -1,8 +1,8 @@
 """One contract for every form in which a model runs: it computes the naive reference.
 
 The models are written once. Beside them lie fast forms: layers in pieces for inference on a CPU,
-training that keeps little, one kernel on a GPU (`fused_attention_cases.py`), and what PyTorch makes
-of recorded code (compiled: `test_compile.py`). Which one runs follows from how a user calls the
+training that keeps little, one kernel on a GPU (`ops`), and what PyTorch makes
+of recorded code (compiled: `ops`). Which one runs follows from how a user calls the
 model, and so it does here.
 """
 
@@ -64,8 +64,16 @@ def traced(model: nn.Module, x: Tensor) -> Sequence[Tensor]:
 
 @torch.no_grad()
 def made(model: nn.Module, x: Tensor) -> Sequence[Tensor]:
-    """As make_fx records it."""
-    return make_fx(model)(x)(x)
+    """As make_fx records it: in PyTorch's plain operators."""
+    graph = make_fx(model)(x)
+    assert namespaces(graph) == {'aten'}
+    return graph(x)
+
+
+def namespaces(graph: torch.fx.GraphModule) -> set[str]:
+    """Where the operators of a graph are from; Python's own functions are from nowhere."""
+    targets = [node.target for node in graph.graph.nodes if node.op == 'call_function']
+    return {target.namespace for target in targets if hasattr(target, 'namespace')}
 
 
 TRAINS: list[Form] = [with_gradients, checkpointed]
@@ -110,6 +118,25 @@ def test_under_autocast(form, dtype):
         found = form(model.float(), x.float())
     found = [m.detach() for m in found]
     assert largest_difference(found, exact) < allowed(exact, rough, dtype)
+
+
+def test_exported_it_is_plain_operators():
+    model, x = model_for(PADDED, out_indices=(0, 1))
+    assert namespaces(torch.export.export(model.float(), (x.float(),)).graph_module) == {'aten'}
+
+
+def test_a_recorded_training_step_is_plain_operators():
+    model, x = model_for(PADDED, out_indices=(0, 1))
+    parameters = list(model.float().parameters())
+
+    def step(x: Tensor) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(sum(m.square().sum() for m in model(x)), parameters)
+
+    x = x.float()
+    graph = make_fx(step)(x)
+    assert namespaces(graph) == {'aten'}
+    for found, right in zip(graph(x), step(x), strict=True):
+        torch.testing.assert_close(found, right, rtol=1e-4, atol=1e-3)
 
 
 def gradients(

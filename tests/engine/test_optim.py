@@ -26,7 +26,7 @@ from mmlavit import LaViT, LaViTOptimWrapperConstructor
 from mmlavit.models.attention import LessAttention
 from mmlavit.models.attention_residual import AttentionResidual
 
-CONFIGS = Path(__file__).resolve().parents[1] / 'configs'
+CONFIGS = Path(__file__).resolve().parents[2] / 'configs'
 LR, DECAY = 1e-3, 0.05
 # One of each toolbox; small, and with heads whose names hold no 'backbone'.
 NAMES = ('maskrcnn_lavit_n_shapes', 'upernet_lavit_n_shapes', 'lavit_n_shapes')
