@@ -4,15 +4,20 @@ SLOW ?=
 JOBS ?= 2
 
 BIN := $(VENV)/bin/python
+LONG := $(filter-out 0,$(SLOW))
 # One thread each: most of the work is many small operations, which two threads hardly speed up.
-PYTEST = -m pytest -n $(JOBS) --dist worksteal --durations=25 \
-	$(if $(filter-out 0,$(SLOW)),-m "slow or not slow")
+PYTEST = -m pytest -n $(JOBS) --dist worksteal --durations=25 $(if $(LONG),-m "slow or not slow")
+
+# What runs on the oldest torch: tests of mmlavit/models, mmlavit/ops, the loss and checkpoints.
+OLDEST_TESTS = $(patsubst %,tests/test_%.py,attention backbone checkpoint diagonality forms \
+	fused_attention fuzz lean linear mixed_precision plain_modules start windows)
+OLDEST = $(abspath $(VENV)-oldest)
 
 # Waiting threads that spin make everything several times slower where cores are shared.
 export OMP_WAIT_POLICY ?= PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help install test test-openmmlab lint format docs linkcheck demo demo-seg demo-cls
+.PHONY: help install test test-openmmlab test-oldest lint format docs linkcheck demo demo-seg demo-cls
 
 help:
 	@echo 'make install   everything into $(VENV), at the versions of constraints.txt; resumes, and'
@@ -20,10 +25,12 @@ help:
 	@echo 'make demo      install, train Mask R-CNN on made-up shapes, evaluate it, draw pictures'
 	@echo 'make demo-seg  the same with UPerNet and masks of classes'
 	@echo 'make demo-cls  the same with a classifier: which shape is the largest'
-	@echo 'make test      install, lint, and the tests; SLOW=1 adds the long ones, JOBS=2 is how many'
-	@echo '               processes run them'
+	@echo 'make test      install, lint, and the tests; SLOW=1 adds the long ones and test-oldest,'
+	@echo '               JOBS=2 is how many processes run them'
 	@echo 'make test-openmmlab   the tests again, on the original OpenMMLab distributions, in an'
 	@echo '               environment of their own'
+	@echo 'make test-oldest      the tests of the model, on the oldest torch: without MMEngine, and'
+	@echo '               with it alone; needs Python 3.10 or 3.11 and compiles nothing'
 	@echo 'make docs      install, and make the documentation into docs/_build/html'
 	@echo 'make linkcheck whether the documentation links to pages that are there; needs a network'
 	@echo 'make lint      what Ruff and mypy have to say'
@@ -38,11 +45,19 @@ install:
 
 test: install lint
 	OMP_NUM_THREADS=1 $(BIN) $(PYTEST)
+	$(if $(LONG),@! $(SETUP_OLDEST) --has-python || $(MAKE) --no-print-directory test-oldest SLOW=)
 
 # The original distributions, which share no environment with those of `make install`.
 test-openmmlab:
 	@$(PYTHON) tools/setup_env.py --stack openmmlab --venv $(VENV)-openmmlab
 	OMP_NUM_THREADS=1 $(VENV)-openmmlab/bin/python $(PYTEST)
+
+# The oldest torch, in an environment without the toolboxes: first alone, then MMEngine beside it.
+SETUP_OLDEST = $(PYTHON) tools/setup_env.py --stack oldest --venv $(OLDEST)
+test-oldest:
+	@$(SETUP_OLDEST)
+	env -u PYTHONPATH OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -q tests/without_mmengine.py
+	PYTHONPATH=$(OLDEST)/with-mmengine OMP_NUM_THREADS=1 $(OLDEST)/bin/python $(PYTEST) $(OLDEST_TESTS)
 
 lint: install
 	$(BIN) -m ruff check .

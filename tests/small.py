@@ -22,6 +22,13 @@ ARCH = dict(
 )
 
 
+# torch 2.1 multiplies no float16 matrices on a CPU.
+needs_cpu_float16 = pytest.mark.skipif(
+    not hasattr(torch.amp, 'GradScaler'), reason='torch before 2.3 has no float16 on a CPU'
+)
+HALVES = [torch.bfloat16, pytest.param(torch.float16, marks=needs_cpu_float16)]
+
+
 def seeded(seed: int) -> torch.Generator:
     """A generator whose seed is printed, so that a failure can be repeated."""
     print(f'seed {seed}')

@@ -7,6 +7,10 @@ compiled operators really run, and installs the toolboxes and mmlavit itself, ev
 versions of the constraints file. It may be stopped at any point and run again: it goes on from the
 step that it was in, and returns at once when there is nothing to do.
 
+``--stack oldest`` makes a small environment instead, for `make test-oldest`: the oldest torch that
+is supported and what pytest needs, and MMEngine in a folder of its own beside it, which tests see
+only where PYTHONPATH names it. There nothing is compiled.
+
 What pip reads from its configuration and its environment applies, such as PIP_EXTRA_INDEX_URL.
 MAX_JOBS is how many files are compiled at once.
 """
@@ -33,30 +37,41 @@ from typing import IO
 
 ROOT = Path(__file__).resolve().parent.parent
 BUILD_TOOLS = ['setuptools', 'wheel', 'packaging', 'ninja']
+# What the tests of the oldest torch need beside it.
+TEST_TOOLS = ['hypothesis', 'pytest', 'pytest-timeout', 'pytest-xdist']
 
 
 @dataclasses.dataclass(frozen=True)
 class Stack:
-    """One of the two families of distributions that own the import names of OpenMMLab.
+    """What an environment holds: one of the two families of OpenMMLab's distributions, or neither.
 
     Args:
         name: The extra of mmlavit that asks for it.
         constraints: The versions that were tried together.
-        mmcv: The distribution of MMCV.
-        others: The distributions beside it.
+        toolboxes: The distributions that own the import names of OpenMMLab.
         pythons: The first and the last Python that those versions exist for.
+        mmcv: The one of them that is MMCV, or None where there is none.
     """
 
     name: str
     constraints: Path
-    mmcv: str
-    others: frozenset[str]
+    toolboxes: frozenset[str]
     pythons: tuple[tuple[int, int], tuple[int, int]]
+    mmcv: str | None = None
 
     @property
     def rivals(self) -> frozenset[str]:
-        """The distributions of the other family, whose files this one would overwrite."""
-        return frozenset().union(*({s.mmcv, *s.others} for s in STACKS.values() if s != self))
+        """What must not be there: distributions that own the same files, or would be seen."""
+        return frozenset().union(*(s.toolboxes for s in STACKS.values() if s != self))
+
+    @property
+    def steps(self) -> int:
+        """How many an installation takes."""
+        return 6 if self.mmcv else 4
+
+    def step(self, number: int, what: str) -> str:
+        """A step as people read it."""
+        return f'[{number}/{self.steps}] {what}'
 
 
 STACKS = {
@@ -65,26 +80,32 @@ STACKS = {
         Stack(
             name='onedl',
             constraints=ROOT / 'constraints.txt',
-            mmcv='onedl-mmcv',
-            others=frozenset(
+            toolboxes=frozenset(
                 f'onedl-{name}'
-                for name in ('mmengine', 'mmdetection', 'mmsegmentation', 'mmpretrain')
+                for name in ('mmcv', 'mmengine', 'mmdetection', 'mmsegmentation', 'mmpretrain')
             ),
             pythons=((3, 10), (3, 12)),
+            mmcv='onedl-mmcv',
         ),
         Stack(
             name='openmmlab',
             constraints=ROOT / 'constraints-openmmlab.txt',
-            mmcv='mmcv',
-            others=frozenset(
-                ('mmengine', 'mmcv-full', 'mmcv-lite', 'mmdet', 'mmsegmentation', 'mmpretrain')
+            toolboxes=frozenset(
+                ('mmcv', 'mmcv-full', 'mmcv-lite')
+                + ('mmengine', 'mmdet', 'mmsegmentation', 'mmpretrain')
             ),
             pythons=((3, 11), (3, 11)),
+            mmcv='mmcv',
+        ),
+        Stack(
+            name='oldest',
+            constraints=ROOT / 'constraints-openmmlab.txt',
+            toolboxes=frozenset(),
+            pythons=((3, 10), (3, 11)),
         ),
     )
 }
 
-STEPS = 6
 HEARTBEAT = 30.0  # seconds between progress lines where they cannot be updated in place
 LOG_TAIL = 30  # lines of a log to show after a failure
 GIB_PER_JOB = 2  # memory that one compiler takes
@@ -143,6 +164,11 @@ for name in ['mmcv.ops', 'mmdet.apis', 'mmseg.apis']:
     importlib.import_module(name)
 names = 'torch torchvision mmengine mmcv mmdet mmseg mmpretrain mmlavit'.split()
 print(', '.join(f'{name} {importlib.import_module(name).__version__}' for name in names))
+"""
+
+CHECK_OLDEST = """
+import mmengine, mmlavit, numpy, torch
+print(', '.join(f'{m.__name__} {m.__version__}' for m in (torch, numpy, mmengine, mmlavit)))
 """
 
 
@@ -409,9 +435,9 @@ class Environment:
             )
         return time.monotonic() - started, output
 
-    def take(self, step: str, command: list[str]) -> tuple[float, str]:
+    def take(self, step: str, command: list[str], **variables: str) -> tuple[float, str]:
         """Run a command of which there is nothing to show but how long it has been running."""
-        return self.run(command, lambda _, gone: f'{step}: {duration(gone)}', self.log)
+        return self.run(command, lambda _, gone: f'{step}: {duration(gone)}', self.log, **variables)
 
     def pip(self, step: str, *arguments: str) -> float:
         """Run pip; the seconds that it took."""
@@ -429,13 +455,10 @@ class Environment:
 def make_environment(env: Environment) -> None:
     """Make the environment, or see whether the one that is there will do."""
     where = env.shown(env.path)
-    step = f'[1/{STEPS}] {where}'
+    step = env.stack.step(1, where)
     if not env.python.exists():
-        problem = python_problem(tuple(sys.version_info), sys.executable, env.stack)
-        if problem:
-            raise Problem(problem)
         try:
-            env.take(step, [sys.executable, '-m', 'venv', str(env.path)])
+            env.take(step, [find_python(env.stack), '-m', 'venv', str(env.path)])
         except Problem as error:
             raise Problem(
                 f'{error}; on Debian and Ubuntu, venv is the package python3-venv', error.code
@@ -455,9 +478,14 @@ def make_environment(env: Environment) -> None:
         raise Problem(f'{problem} VENV=.venv-3.11')
     rivals = sorted(env.stack.rivals.intersection(installed(env.site_packages)))
     if rivals:
+        why = (
+            f'whose files the {env.stack.name} distributions would overwrite'
+            if env.stack.mmcv
+            else 'and is to hold nothing of OpenMMLab'
+        )
         raise Problem(
-            f'{where} holds {", ".join(rivals)}, whose files the {env.stack.name} distributions '
-            f'would overwrite; choose another environment, such as VENV=.venv-{env.stack.name}'
+            f'{where} holds {", ".join(rivals)}, {why}; choose another environment, such as '
+            f'VENV=.venv-{env.stack.name}'
         )
     forgotten = forget_half_installed(env.site_packages)
     if env.probe('import pip'):
@@ -465,7 +493,7 @@ def make_environment(env: Environment) -> None:
     again = f', interrupted and due again: {", ".join(forgotten)}' if forgotten else ''
     env.console.line(f'{step}: Python {".".join(map(str, version))}{again}')
 
-    if env.stack.mmcv not in installed(env.site_packages):
+    if env.stack.mmcv and env.stack.mmcv not in installed(env.site_packages):
         # Said before anything is downloaded.
         find_compiler()
         if missing_header:
@@ -473,6 +501,25 @@ def make_environment(env: Environment) -> None:
                 f'mmcv has to be compiled, and {missing_header} is missing; on Debian and Ubuntu '
                 'it is in the package python3-dev'
             )
+
+
+def find_python(stack: Stack) -> str:
+    """The Python to make an environment with: this one, or for the oldest torch another on PATH.
+
+    Raises:
+        Problem: There is none.
+    """
+    problem = python_problem(tuple(sys.version_info), sys.executable, stack)
+    if problem is None:
+        return sys.executable
+    (major, first), (_, last) = stack.pythons
+    for minor in range(last, first - 1, -1) if stack.mmcv is None else ():
+        found = shutil.which(f'python{major}.{minor}')
+        # A name may lead nowhere, as pyenv's do, and Debian has Pythons that make no environments.
+        command = [found or '', '-c', 'import ensurepip, venv']
+        if found and subprocess.run(command, capture_output=True).returncode == 0:
+            return found
+    raise Problem(problem)
 
 
 def find_compiler() -> str:
@@ -489,7 +536,7 @@ def find_compiler() -> str:
 
 def install_torch(env: Environment) -> None:
     """Install what the compilation needs, and OpenCV in the right order."""
-    step = f'[2/{STEPS}] torch and the build tools'
+    step = env.stack.step(2, 'torch and the build tools')
     seconds = env.install(step, *BUILD_TOOLS, 'torch', 'numpy', 'opencv-python')
     # Both own cv2/, and the toolboxes ask for both. Coming last, the headless one's files stay:
     # they work on machines without display libraries, too.
@@ -503,7 +550,7 @@ def install_mmcv(env: Environment) -> None:
     pip keeps the wheel that it compiled once and does not know which torch that was for. So the
     operators are tried, and a kept wheel that fails is thrown away and compiled anew.
     """
-    step = f'[3/{STEPS}] mmcv'
+    step = env.stack.step(3, 'mmcv')
     mmcv = env.stack.mmcv
     version = pinned(mmcv, env.stack.constraints.read_text(encoding='utf-8'))
     if installed(env.site_packages).get(mmcv) == version:
@@ -536,7 +583,6 @@ def install_mmcv(env: Environment) -> None:
 
 def build_mmcv(env: Environment, *arguments: str) -> bool:
     """Install mmcv; True if it was compiled for that, False if pip had a wheel of it."""
-    step = f'[3/{STEPS}]'
     log = env.path / 'mmcv-build.log'
     describe = CompileStatus(env.shown(log))
     cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
@@ -546,14 +592,14 @@ def build_mmcv(env: Environment, *arguments: str) -> bool:
     command = [str(env.python), '-m', 'pip', 'install', '-v', '--no-build-isolation']
     seconds, output = env.run(
         [*command, '-c', str(env.stack.constraints), *arguments, env.stack.mmcv],
-        lambda output, gone: f'{step} {describe(output, gone)}',
+        lambda output, gone: env.stack.step(3, describe(output, gone)),
         log,
         CXX=find_compiler(),
         MAX_JOBS=jobs,
     )
     compiled = compile_progress(output) is not None
     how = 'compiled' if compiled else 'from a wheel that pip had'
-    env.console.line(f'{step} mmcv: {how}, {duration(seconds)}')
+    env.console.line(f'{env.stack.step(3, "mmcv")}: {how}, {duration(seconds)}')
     return compiled
 
 
@@ -574,22 +620,46 @@ def forget_kept_wheel(env: Environment, version: str) -> None:
 
 def install_torchvision(env: Environment) -> None:
     """Install torchvision without its say in which torch: the one that is there stays."""
-    step = f'[4/{STEPS}] torchvision'
+    step = env.stack.step(4, 'torchvision')
     env.console.line(f'{step}: {duration(env.install(step, "--no-deps", "torchvision"))}')
 
 
 def install_packages(env: Environment) -> None:
     """Install the toolboxes, the test tools, and mmlavit in such a way that edits take effect."""
-    step = f'[5/{STEPS}] the toolboxes, the test tools and mmlavit'
+    step = env.stack.step(5, 'the toolboxes, the test tools and mmlavit')
     env.console.line(f'{step}: {duration(env.install(step, "-e", f".[{env.stack.name},dev]"))}')
 
 
-def check_imports(env: Environment) -> None:
+def check_imports(env: Environment, code: str, **variables: str) -> None:
     """Import everything once, and name the versions."""
-    step = f'[6/{STEPS}] importing everything'
-    command = [str(env.python), '-W', 'ignore', '-c', CHECK_IMPORTS]
-    _, output = env.take(step, command)
+    step = env.stack.step(env.stack.steps, 'importing everything')
+    command = [str(env.python), '-W', 'ignore', '-c', code]
+    _, output = env.take(step, command, **variables)
     env.console.line(f'{step}: {last_line(output)}')
+
+
+def install_oldest_torch(env: Environment) -> None:
+    """Install torch, numpy, mmlavit as a user gets it, and what runs its tests."""
+    step = env.stack.step(2, 'torch, the test tools and mmlavit')
+    seconds = env.install(step, *BUILD_TOOLS, 'torch', 'numpy', *TEST_TOOLS)
+    seconds += env.install(step, '-e', '.')
+    env.console.line(f'{step}: {duration(seconds)}')
+
+
+def install_mmengine_apart(env: Environment) -> Path:
+    """Install MMEngine and what it needs into a folder; without it, it is not there.
+
+    One environment so serves the tests without MMEngine and those with it: torch is large.
+    """
+    step = env.stack.step(3, 'MMEngine, in a folder of its own')
+    folder = env.path / 'with-mmengine'
+    shutil.rmtree(folder, ignore_errors=True)
+    target = '--target', str(folder)
+    seconds = env.install(step, *target, 'mmengine')
+    # Over the one that MMEngine asks for, which wants display libraries.
+    seconds += env.install(step, *target, '--upgrade', '--no-deps', 'opencv-python-headless')
+    env.console.line(f'{step}: {duration(seconds)}')
+    return folder
 
 
 def install(env: Environment, force: bool) -> None:
@@ -604,11 +674,16 @@ def install(env: Environment, force: bool) -> None:
         env.stamp.unlink()
     started = time.monotonic()
     make_environment(env)
-    install_torch(env)
-    install_mmcv(env)
-    install_torchvision(env)
-    install_packages(env)
-    check_imports(env)
+    if env.stack.mmcv:
+        install_torch(env)
+        install_mmcv(env)
+        install_torchvision(env)
+        install_packages(env)
+        check_imports(env, CHECK_IMPORTS)
+    else:
+        install_oldest_torch(env)
+        folder = install_mmengine_apart(env)
+        check_imports(env, CHECK_OLDEST, PYTHONPATH=str(folder))
     env.stamp.write_text(wanted, encoding='utf-8')
     took = duration(time.monotonic() - started)
     env.console.line(f'{env.shown(env.path)} is ready, after {took}')
@@ -624,20 +699,34 @@ def main(arguments: list[str] | None = None) -> int:
         '--stack',
         choices=STACKS,
         default='onedl',
-        help='the maintained distributions or those of the original names (default: %(default)s)',
+        help='the maintained distributions, those of the original names, or the oldest torch with '
+        'MMEngine alone (default: %(default)s)',
     )
     parser.add_argument(
         '--force', action='store_true', help='take every step again although nothing has changed'
     )
+    parser.add_argument(
+        '--has-python',
+        action='store_true',
+        help='install nothing; fail, saying what is skipped, if no Python can make the environment',
+    )
     options = parser.parse_args(arguments)
+
+    console = Console(sys.stdout)
+    env = Environment(Path(options.venv).absolute(), console, STACKS[options.stack])
+    if options.has_python:
+        try:
+            env.python.exists() or find_python(env.stack)
+        except Problem as error:
+            console.line(f'{env.shown(env.path)} and its tests are skipped: {error}')
+            return error.code
+        return 0
 
     def stop(*_: object) -> None:
         raise KeyboardInterrupt
 
     signal.signal(signal.SIGTERM, stop)
     signal.signal(signal.SIGHUP, stop)
-    console = Console(sys.stdout)
-    env = Environment(Path(options.venv).absolute(), console, STACKS[options.stack])
     try:
         with env.locked():
             install(env, options.force)

@@ -36,7 +36,8 @@ def require_exporter() -> None:
     Raises:
         ExportError: If packages are missing, or torch has no exporter for dynamic sizes.
     """
-    if not hasattr(torch.export.Dim, 'DYNAMIC'):
+    # torch 2.1 has no Dim at all.
+    if not hasattr(getattr(torch.export, 'Dim', None), 'DYNAMIC'):
         raise ExportError(
             f'torch {torch.__version__} has no exporter for images of any size; it needs at least '
             'torch 2.6 (tried with 2.13)'

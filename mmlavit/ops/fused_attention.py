@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..models.windows import WindowGrid, ceil_div
 from .mode import is_dispatched, is_exported, is_traced, is_transformed
-from .recompute import autocasts
+from .recompute import autocast_dtype, autocasts
 
 # Up to here a program holds whole tiles in its registers; the backward pass spills some of them. In
 # float32 one tile of a 14 x 14 window, 256 places by 256, fills those of a whole processor: that
@@ -268,12 +268,7 @@ def _allows_tf32() -> bool:
 
 def _linear_dtype(x: Tensor) -> torch.dtype:
     """The type of what a linear layer makes of ``x``."""
-    if not autocasts(x):
-        return x.dtype
-    if hasattr(torch, 'get_autocast_dtype'):
-        return torch.get_autocast_dtype(x.device.type)
-    # Before torch 2.4.
-    return torch.get_autocast_gpu_dtype()
+    return autocast_dtype(x) if autocasts(x) else x.dtype
 
 
 @functools.cache

@@ -64,7 +64,8 @@ def _as_linear(scores: Tensor, dwconv: Tensor, pwconv: Tensor) -> Tensor:
 def _rows_of_keys(scores: Tensor, kernel: Tensor) -> Tensor:
     num_heads, prev_heads = kernel.shape[:2]
     s = math.isqrt(scores.shape[-1]) // 2
-    diagonal = torch.eye(s, dtype=kernel.dtype, device=kernel.device)
+    # Made in float32: torch 2.1 has none in bfloat16.
+    diagonal = torch.eye(s, device=kernel.device).to(kernel.dtype)
     # From (previous head, query row, query column, key row, block, key column) to (head, block).
     matrix = torch.einsum('oiabcd,rt->oriabctd', kernel, diagonal).reshape(num_heads * s, -1)
     x = scores.reshape(-1, prev_heads, s, 2, s, 2, s, 4 * s).permute(0, 2, 4, 6, 1, 3, 5, 7)

@@ -24,7 +24,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from .attend import masked_softmax
 from .linear import linear, linear_backward
 from .mode import is_traced, is_transformed
-from .recompute import autocasts, gradients
+from .recompute import autocast_dtype, autocasts, gradients
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,8 @@ class _LinearAfter(torch.autograd.Function):
         ctx.function = function
         ctx.autocast = _Autocast(x)
         ctx.save_for_backward(weight, bias, *inputs)
-        return linear(x, weight, bias)
+        with ctx.autocast.again():
+            return linear(x, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -160,15 +161,19 @@ class _LinearAfter(torch.autograd.Function):
 
 
 class _Autocast:
-    """The autocast of now, to be had again in the backward pass."""
+    """The autocast of now, to be had again.
+
+    It keeps no narrow copies of weights. Those made here have no gradient, and torch 2.1 would give
+    them to whoever uses the weights next.
+    """
 
     def __init__(self, x: Tensor) -> None:
         self.kind = x.device.type
         self.enabled = autocasts(x)
-        self.dtype = torch.get_autocast_dtype(self.kind) if self.enabled else None
+        self.dtype = autocast_dtype(x) if self.enabled else None
 
     def again(self) -> Any:
-        """A context."""
+        """A context, in the forward or the backward pass."""
         if not self.enabled:
             return nullcontext()
         return torch.autocast(self.kind, self.dtype, cache_enabled=False)
@@ -209,7 +214,8 @@ class _ProductAfter(torch.autograd.Function):
         ctx.function = function
         ctx.autocast = _Autocast(a)
         ctx.save_for_backward(b, *inputs)
-        return a @ b
+        with ctx.autocast.again():
+            return a @ b
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:

@@ -7,14 +7,24 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+# Before torch 2.4 there is a function for each kind of device.
+_ASKS_BY_DEVICE = hasattr(torch.amp, 'is_autocast_available')
+
 
 def autocasts(x: Tensor) -> bool:
     """Whether autocast is on for the device of ``x``."""
-    if hasattr(torch.amp, 'is_autocast_available'):
-        kind = x.device.type
+    kind = x.device.type
+    if _ASKS_BY_DEVICE:
         return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
-    # Before torch 2.4 there is a function for each kind of device.
-    return torch.is_autocast_enabled() or torch.is_autocast_cpu_enabled()
+    return torch.is_autocast_cpu_enabled() if kind == 'cpu' else torch.is_autocast_enabled()
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype:
+    """The type that autocast, which has to be on for the device of ``x``, computes in."""
+    kind = x.device.type
+    if _ASKS_BY_DEVICE:
+        return torch.get_autocast_dtype(kind)
+    return torch.get_autocast_cpu_dtype() if kind == 'cpu' else torch.get_autocast_gpu_dtype()
 
 
 def gradients(

@@ -47,6 +47,12 @@ def tensors(value: Any) -> list[Tensor]:
     return [t for v in value for t in tensors(v)] if isinstance(value, (tuple, list)) else []
 
 
+def put(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Another module in a module's place; PyTorch's own set_submodule came with torch 2.5."""
+    parent, _, last = name.rpartition('.')
+    setattr(model.get_submodule(parent), last, module)
+
+
 @contextmanager
 def global_hook(hook: Callable) -> Iterator[None]:
     handle = register_module_forward_hook(hook)
@@ -137,7 +143,7 @@ def test_what_replaces_a_module_is_called(grad):
         for name in NAMES:
             hooked, replaced = copy.deepcopy(plain), copy.deepcopy(plain)
             hooked.get_submodule(name).register_forward_hook(lambda m, args, out: 1.5 * out)
-            replaced.set_submodule(name, Scaled(replaced.get_submodule(name)))
+            put(replaced, name, Scaled(replaced.get_submodule(name)))
             maps = replaced(x)
             for a, b in zip(maps, hooked(x), strict=True):
                 torch.testing.assert_close(a, b)
@@ -168,7 +174,7 @@ def test_lora_on_every_linear_layer():
     model, x = lavit().requires_grad_(False), batch()
     before = model.eval()(x)
     for name in linear_layers(model):
-        model.set_submodule(name, Adapted(model.get_submodule(name)))
+        put(model, name, Adapted(model.get_submodule(name)))
     adapters = {n: p for n, p in model.named_parameters() if p.requires_grad}
     assert len(adapters) == 2 * len(linear_layers(lavit()))
     optimizer = torch.optim.AdamW(adapters.values(), lr=1e-2)
@@ -186,7 +192,7 @@ def test_lora_on_every_linear_layer():
     # Alone, as adapters are kept; loaded into a fresh model they come to the same.
     other = lavit().eval()
     for name in linear_layers(other):
-        other.set_submodule(name, Adapted(other.get_submodule(name)))
+        put(other, name, Adapted(other.get_submodule(name)))
     other.load_state_dict(adapters, strict=False)
     with torch.no_grad():
         for a, b, c in zip(other(x), model.eval()(x), before, strict=True):
@@ -210,7 +216,7 @@ def test_fake_quantization_trains():
     for name in linear_layers(model):
         layer = model.get_submodule(name)
         layer.qconfig = torch.ao.quantization.get_default_qat_qconfig('x86')
-        model.set_submodule(name, torch.ao.nn.qat.Linear.from_float(layer))
+        put(model, name, torch.ao.nn.qat.Linear.from_float(layer))
     sum(m.square().mean() for m in model(x)).backward()
     observed = [m for m in model.modules() if isinstance(m, torch.ao.nn.qat.Linear)]
     assert observed

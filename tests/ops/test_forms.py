@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 import pytest
 import reference
 import torch
-from small import ARCH, allowed, images, largest_difference, sharpen, small_lavit
+from small import ARCH, HALVES, allowed, images, largest_difference, sharpen, small_lavit
 from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.modules.module import register_module_forward_hook
@@ -108,10 +108,8 @@ def test_maps(form, size):
 
 @torch.no_grad()
 @by_name([alone, watched, made, *TRAINS])
-@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize('dtype', HALVES, ids=str)
 def test_under_autocast(form, dtype):
-    if dtype == torch.float16 and not hasattr(torch.amp, 'GradScaler'):
-        pytest.skip('torch before 2.3 has no float16 on a CPU')
     model, x = model_for(PADDED)
     exact = expected_of(model, x, model.state_dict())
     halves = {name: weight.to(dtype) for name, weight in model.state_dict().items()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 
 import pytest
 import reference
@@ -10,11 +11,13 @@ import torch
 import torch.nn.functional as F
 from small import (
     ARCH,
+    HALVES,
     STD,
     STEEP,
     allowed,
     images,
     largest_difference,
+    needs_cpu_float16,
     seeded,
     sharpen,
     small_lavit,
@@ -34,11 +37,6 @@ DEVICES = [
         'cuda', marks=pytest.mark.skipif(not torch.cuda.is_available(), reason='there is no GPU')
     ),
 ]
-# torch 2.1 multiplies no float16 matrices on a CPU.
-needs_cpu_float16 = pytest.mark.skipif(
-    not hasattr(torch.amp, 'GradScaler'), reason='torch before 2.3 has no float16 on a CPU'
-)
-pytestmark = needs_cpu_float16
 
 
 # -- What float16 cannot hold ----------------------------------------------------------------------
@@ -54,6 +52,7 @@ def assert_saturated(found: Tensor, exact: Tensor) -> None:
     )
 
 
+@needs_cpu_float16
 def test_scores_of_tokens():
     q, k = 300 * images(2, 2, 2, 16, 64).half()
     residual = 1e4 * images(2, 2, 16, 16, seed=2).half()
@@ -62,6 +61,7 @@ def test_scores_of_tokens():
         assert_saturated(scaled_product(q, k, 1 / 8, given), exact)
 
 
+@needs_cpu_float16
 @pytest.mark.parametrize('lying', [False, True])
 def test_transformed_scores(lying):
     """In either memory order; the product that comes first saturates before the other takes it."""
@@ -76,6 +76,7 @@ def test_transformed_scores(lying):
     assert_saturated(two_sided_linear(given, psi.half(), theta.half()), exact)
 
 
+@needs_cpu_float16
 def test_scores_brought_down_a_stage():
     scores = 1e4 * images(2, 2, 16, 16).half()
     dwconv = nn.Conv2d(2, 2, 4, 4, groups=2, bias=False).half()
@@ -108,7 +109,7 @@ def test_other_types_pass_untouched(dtype):
 
 
 @pytest.mark.parametrize('device', DEVICES)
-@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize('dtype', HALVES, ids=str)
 @pytest.mark.parametrize('training', [True, False])
 @pytest.mark.parametrize('std', [STD, STEEP])
 def test_autocast_is_as_good_as_the_reference_in_half_precision(device, dtype, training, std):
@@ -159,7 +160,8 @@ def scores_of(model: LaViT, x: Tensor, dtype: torch.dtype) -> tuple[list[Tensor]
         for m in model.modules()
         if isinstance(m, WindowAttention)
     ]
-    with torch.autocast(x.device.type, dtype=dtype, enabled=dtype != torch.float32):
+    half = dtype != torch.float32
+    with torch.autocast(x.device.type, dtype=dtype) if half else nullcontext():
         maps = model(x)
     for hook in hooks:
         hook.remove()
@@ -172,7 +174,7 @@ def all_finite(tensors: list[Tensor]) -> bool:
 
 
 @pytest.mark.parametrize('device', DEVICES)
-@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize('dtype', [torch.float32, *HALVES], ids=str)
 @pytest.mark.parametrize('training', [True, False])
 @pytest.mark.parametrize('size', [(64, 64), (37, 50)], ids=['whole', 'padded'])
 @pytest.mark.parametrize('make', [usual_lavit, steep_lavit], ids=['usual', 'steep'])
@@ -191,6 +193,7 @@ def test_images_a_thousand_times_too_bright(device, dtype, training, size, make)
         assert all_finite([p.grad for p in model.parameters()])
 
 
+@needs_cpu_float16
 @pytest.mark.parametrize('training', [True, False])
 def test_float16_without_autocast(training):
     model = steep_lavit().half().train(training)
@@ -254,6 +257,7 @@ def train(device: str, dtype: torch.dtype) -> Tensor:
     return torch.tensor(losses)
 
 
+@needs_cpu_float16
 @pytest.mark.slow
 @pytest.mark.parametrize('device', DEVICES)
 def test_two_hundred_iterations(device):

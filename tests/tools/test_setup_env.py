@@ -117,7 +117,15 @@ def test_pinned(setup_env: ModuleType) -> None:
     with pytest.raises(setup_env.Problem, match='does not pin mmcv'):
         setup_env.pinned('mmcv', text)
     for stack in setup_env.STACKS.values():
-        assert setup_env.pinned(stack.mmcv, stack.constraints.read_text())
+        for name in ('torch', 'numpy', stack.mmcv or 'mmengine'):
+            assert setup_env.pinned(name, stack.constraints.read_text())
+
+
+def test_the_oldest_torch_is_the_one_that_is_promised(setup_env: ModuleType) -> None:
+    pins = setup_env.STACKS['oldest'].constraints.read_text()
+    oldest = setup_env.pinned('torch', pins).rpartition('.')[0]
+    assert f"'torch>={oldest}'" in (ROOT / 'setup.py').read_text()
+    assert f'torch (>= {oldest})' in (ROOT / 'README.md').read_text()
 
 
 def test_installed_and_half_installed(setup_env: ModuleType, tmp_path: Path) -> None:
@@ -302,6 +310,70 @@ class TestInstallMmcv:
         assert calls == [('build',)]
 
 
+class TestOldest:
+    """The small environment: torch and numpy alone, MMEngine where PYTHONPATH names its folder."""
+
+    def test_steps(self, setup_env, env, monkeypatch, screen) -> None:
+        env.stack = setup_env.STACKS['oldest']
+        calls: list[tuple[str, ...]] = []
+        monkeypatch.setattr(env, 'pip', lambda step, *arguments: calls.append(arguments) or 61.0)
+        before = env.path / 'with-mmengine' / 'mmengine'
+        before.mkdir(parents=True)
+        setup_env.install_oldest_torch(env)
+        folder = setup_env.install_mmengine_apart(env)
+        assert folder == before.parent and not folder.exists()
+        assert all(('-c', str(env.stack.constraints)) == call[2:4] for call in calls)
+        torch, mmlavit, mmengine, cv2 = (call[4:] for call in calls)
+        assert {'torch', 'numpy', 'pytest'} < set(torch) and mmlavit == ('-e', '.')
+        assert mmengine == ('--target', str(folder), 'mmengine')
+        assert cv2[:2] == ('--target', str(folder)) and 'opencv-python-headless' in cv2
+        assert not {'mmcv', 'mmengine'} & {*torch, *mmlavit}
+        assert screen.getvalue().splitlines() == [
+            '[2/4] torch, the test tools and mmlavit: 2 min',
+            '[3/4] MMEngine, in a folder of its own: 2 min',
+        ]
+
+    @pytest.fixture
+    def unfit(self, setup_env, monkeypatch, tmp_path) -> Path:
+        """Whatever Python runs the tests, the stacks want 3.98 or 3.99; the only folder of PATH."""
+        for name, stack in setup_env.STACKS.items():
+            newer = dataclasses.replace(stack, pythons=((3, 98), (3, 99)))
+            monkeypatch.setitem(setup_env.STACKS, name, newer)
+        folder = tmp_path / 'bin'
+        folder.mkdir()
+        monkeypatch.setenv('PATH', str(folder))
+        return folder
+
+    def python(self, folder: Path, minor: int, works: bool = True) -> str:
+        file = folder / f'python3.{minor}'
+        file.write_text(f'#!/bin/sh\nexit {0 if works else 127}\n')
+        file.chmod(0o755)
+        return str(file)
+
+    def test_finds_a_python_that_will_do(self, setup_env, unfit) -> None:
+        stack = setup_env.STACKS['oldest']
+        older = self.python(unfit, 98)
+        self.python(unfit, 97)
+        assert setup_env.find_python(stack) == older
+        self.python(unfit, 99, works=False)
+        assert setup_env.find_python(stack) == older
+        newer = self.python(unfit, 99)
+        assert setup_env.find_python(stack) == newer
+        # The others are made by the Python that the user chose.
+        with pytest.raises(setup_env.Problem, match='choose another'):
+            setup_env.find_python(setup_env.STACKS['onedl'])
+
+    def test_is_skipped_in_one_line(self, setup_env, unfit, tmp_path, capsys) -> None:
+        ask = ['--stack', 'oldest', '--venv', str(tmp_path / 'env'), '--has-python']
+        assert setup_env.main(ask) == 2
+        (line,) = capsys.readouterr().out.splitlines()
+        assert line.startswith(f'{tmp_path}/env and its tests are skipped: Python 3.98 to 3.99')
+        assert not (tmp_path / 'env').exists()
+        self.python(unfit, 99)
+        assert setup_env.main(ask) == 0
+        assert capsys.readouterr().out == ''
+
+
 class TestMain:
     """What the user reads, and the exit code."""
 
@@ -348,13 +420,17 @@ class TestMain:
         # Whatever Python runs the tests.
         both = dataclasses.replace(setup_env.STACKS['openmmlab'], pythons=((3, 10), (3, 12)))
         monkeypatch.setitem(setup_env.STACKS, 'openmmlab', both)
-        onedl, openmmlab = setup_env.STACKS.values()
-        assert onedl.rivals == {openmmlab.mmcv, *openmmlab.others}
-        assert openmmlab.rivals == {onedl.mmcv, *onedl.others}
+        onedl, openmmlab, oldest = setup_env.STACKS.values()
+        assert onedl.rivals == openmmlab.toolboxes and openmmlab.rivals == onedl.toolboxes
+        assert oldest.rivals == onedl.toolboxes | openmmlab.toolboxes
         venv.create(tmp_path)
         record(next(tmp_path.glob('lib/python3.*/site-packages')), 'onedl_mmengine-0.10.12')
         assert setup_env.main(['--venv', str(tmp_path), '--stack', 'openmmlab']) == 2
         assert 'holds onedl-mmengine' in capsys.readouterr().err
+        alone = dataclasses.replace(oldest, pythons=both.pythons)
+        monkeypatch.setitem(setup_env.STACKS, 'oldest', alone)
+        assert setup_env.main(['--venv', str(tmp_path), '--stack', 'oldest']) == 2
+        assert 'is to hold nothing of OpenMMLab' in capsys.readouterr().err
 
     def test_no_compiler(self, setup_env, tmp_path, capsys, monkeypatch) -> None:
         venv.create(tmp_path, with_pip=True)
