@@ -8,9 +8,8 @@ LONG := $(filter-out 0,$(SLOW))
 # One thread each: most of the work is many small operations, which two threads hardly speed up.
 PYTEST = -m pytest -n $(JOBS) --dist worksteal --durations=25 $(if $(LONG),-m "slow or not slow")
 
-# What runs on the oldest torch: tests of mmlavit/models, mmlavit/ops, the loss and checkpoints.
-OLDEST_TESTS = $(patsubst %,tests/test_%.py,attention backbone checkpoint diagonality forms \
-	fused_attention fuzz lean linear mixed_precision plain_modules start windows)
+# What runs on the oldest torch; the loss and checkpoints are among the models.
+OLDEST_TESTS = tests/models tests/ops
 OLDEST = $(abspath $(VENV)-oldest)
 
 # Waiting threads that spin make everything several times slower where cores are shared.

@@ -27,6 +27,11 @@ needs_cpu_float16 = pytest.mark.skipif(
     not hasattr(torch.amp, 'GradScaler'), reason='torch before 2.3 has no float16 on a CPU'
 )
 HALVES = [torch.bfloat16, pytest.param(torch.float16, marks=needs_cpu_float16)]
+# torch.export of 2.1 cannot take the model apart.
+needs_exporter = pytest.mark.skipif(
+    not hasattr(getattr(torch.export, 'Dim', None), 'DYNAMIC'),
+    reason='the exporter came with torch 2.6',
+)
 
 
 def seeded(seed: int) -> torch.Generator:

@@ -457,8 +457,9 @@ def make_environment(env: Environment) -> None:
     where = env.shown(env.path)
     step = env.stack.step(1, where)
     if not env.python.exists():
+        python = find_python(env.stack)
         try:
-            env.take(step, [find_python(env.stack), '-m', 'venv', str(env.path)])
+            env.take(step, [python, '-m', 'venv', str(env.path)])
         except Problem as error:
             raise Problem(
                 f'{error}; on Debian and Ubuntu, venv is the package python3-venv', error.code

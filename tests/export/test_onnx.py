@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from helpers import ROOT, assert_ran, run_tool, the_one_line
-from small import ARCH, images, seeded, sharpen, small_lavit
+from small import ARCH, images, needs_exporter, seeded, sharpen, small_lavit
 from torch import Tensor, nn
 
 from mmlavit.models.windows import WindowGrid
@@ -22,11 +22,6 @@ TWO_STAGES = dict(
 )
 
 OPTIONS = dict(conv_stem=True, overlap_downsample=True)
-
-needs_exporter = pytest.mark.skipif(
-    not hasattr(getattr(torch.export, 'Dim', None), 'DYNAMIC'),
-    reason='the exporter came with torch 2.6',
-)
 
 
 class Tiny(nn.Module):

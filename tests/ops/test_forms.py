@@ -14,7 +14,16 @@ from collections.abc import Callable, Iterable, Sequence
 import pytest
 import reference
 import torch
-from small import ARCH, HALVES, allowed, images, largest_difference, sharpen, small_lavit
+from small import (
+    ARCH,
+    HALVES,
+    allowed,
+    images,
+    largest_difference,
+    needs_exporter,
+    sharpen,
+    small_lavit,
+)
 from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.modules.module import register_module_forward_hook
@@ -120,6 +129,7 @@ def test_under_autocast(form, dtype):
     assert largest_difference(found, exact) < allowed(exact, rough, dtype)
 
 
+@needs_exporter
 def test_exported_it_is_plain_operators():
     model, x = model_for(PADDED, out_indices=(0, 1))
     assert namespaces(torch.export.export(model.float(), (x.float(),)).graph_module) == {'aten'}
