@@ -33,9 +33,7 @@ FORWARD_TILES = 4
 BACKWARD_PROGRAMS = 2
 
 
-def can_fuse(
-    x: Tensor, scores: Tensor, psi: Tensor, theta: Tensor, grid: WindowGrid, num_heads: int
-) -> bool:
+def can_fuse(x: Tensor, scores: Tensor, psi: Tensor, theta: Tensor, grid: WindowGrid) -> bool:
     """Whether :func:`fused_less_attention` will take these tensors and the values of ``x``.
 
     It wants Triton and a GPU that Triton supports (or Triton's interpreter, which the environment
@@ -44,12 +42,11 @@ def can_fuse(
     torch.func transforms is left to PyTorch; torch.compile sees one operation.
 
     Args:
-        x: Map of tokens (B, H, W, num_heads * d), which a linear layer will project to values.
-        scores: ``A_{l-1}`` (windows, num_heads, n, n).
+        x: Map of tokens (B, H, W, heads * d), which a linear layer will project to values.
+        scores: ``A_{l-1}`` (windows, heads, n, n).
         psi: (n, n).
         theta: (n, n).
         grid: Grid of the windows.
-        num_heads: Attention heads.
 
     Returns:
         True or False. Where Triton ought to work and does not, a warning says so, once.
@@ -57,7 +54,7 @@ def can_fuse(
     if is_exported() or not x.is_cuda and os.environ.get('TRITON_INTERPRET') != '1':
         return False
     tensors = x, scores, psi, theta
-    head_dim = x.shape[-1] // num_heads
+    head_dim = x.shape[-1] // scores.shape[1]
     return (
         grid.window <= MAX_WINDOW
         and head_dim <= MAX_HEAD_DIM
@@ -70,21 +67,20 @@ def can_fuse(
 
 
 def fused_less_attention(
-    v: Tensor, scores: Tensor, psi: Tensor, theta: Tensor, grid: WindowGrid, num_heads: int
+    v: Tensor, scores: Tensor, psi: Tensor, theta: Tensor, grid: WindowGrid
 ) -> tuple[Tensor, Tensor]:
     """``A_l = Psi A_{l-1} Theta^T``, ``Z = softmax(A_l) V``, where :func:`can_fuse` allows it.
 
     Args:
-        v: Map of values (B, H, W, num_heads * d), as large as the grid or padded to whole windows;
+        v: Map of values (B, H, W, heads * d), as large as the grid or padded to whole windows;
             the values of padded tokens do not matter.
-        scores: ``A_{l-1}`` (windows, num_heads, n, n), 0 at padded pairs, of any strides.
+        scores: ``A_{l-1}`` (windows, heads, n, n), 0 at padded pairs, of any strides.
         psi: (n, n).
         theta: (n, n).
         grid: Grid of the windows.
-        num_heads: Attention heads.
 
     Returns:
-        ``Z``, a map like ``v``, and ``A_l`` (windows, num_heads, n, n), 0 at padded pairs; both
+        ``Z``, a map like ``v``, and ``A_l`` (windows, heads, n, n), 0 at padded pairs; both
         contiguous. They can be differentiated once.
     """
     if autocasts(v):
@@ -94,13 +90,25 @@ def fused_less_attention(
     return torch.ops.mmlavit.less_attention(*tensors, grid.height, grid.width, grid.window)
 
 
-def _run(
+def _forward(
     v: Tensor, scores: Tensor, psi: Tensor, theta: Tensor, height: int, width: int, window: int
 ) -> tuple[Tensor, Tensor]:
-    return _forward(v, scores, psi, theta, WindowGrid(height, width, window), scores.shape[1])
+    """``Z`` and ``A_l``."""
+    grid, num_heads = WindowGrid(height, width, window), scores.shape[1]
+    out = torch.empty_like(v)
+    new_scores = torch.empty_like(scores, memory_format=torch.contiguous_format)
+    tiles = scores.shape[0] * num_heads
+    with torch.cuda.device_of(v):
+        _kernels().forward[(ceil_div(tiles, FORWARD_TILES),)](
+            *(scores, psi, theta, v, new_scores, out),
+            *scores.stride(),
+            *_sizes(v, grid, tiles, num_heads),
+            **_options(v, grid, num_heads),
+        )
+    return out, new_scores
 
 
-def _run_backward(
+def _backward(
     v: Tensor,
     scores: Tensor,
     psi: Tensor,
@@ -112,21 +120,49 @@ def _run_backward(
     window: int,
     needed: Sequence[bool],
 ) -> tuple[Tensor, ...]:
-    given = v, scores, psi, theta, grad_out, grad_new
-    grads = _backward(*given, WindowGrid(height, width, window), scores.shape[1], tuple(needed))
+    """Gradients of ``v``, ``scores``, ``psi`` and ``theta``, empty where not needed."""
+    grid, num_heads = WindowGrid(height, width, window), scores.shape[1]
+    of_v, of_scores, of_psi, of_theta = needed
+    tiles = scores.shape[0] * num_heads
+    programs = min(tiles, BACKWARD_PROGRAMS * _processors(v.device))
+    grad_v = grad_scores = grad_psi = grad_theta = None
+    if grad_out is not None:
+        grad_out = grad_out.contiguous()
+        grad_v = torch.empty_like(v) if of_v else None
+    if of_scores:
+        grad_scores = torch.empty_like(scores, memory_format=torch.contiguous_format)
+    # One sum for each program, added up afterwards: the same at every run, unlike atomic additions.
+    if of_psi:
+        grad_psi = torch.empty(programs, *psi.shape, device=v.device)
+    if of_theta:
+        grad_theta = torch.empty(programs, *theta.shape, device=v.device)
+    with torch.cuda.device_of(v):
+        _kernels().backward[(programs,)](
+            *(scores, psi, theta, v, grad_out, grad_new),
+            *(grad_scores, grad_psi, grad_theta, grad_v),
+            *scores.stride(),
+            *(scores if grad_new is None else grad_new).stride(),
+            *_sizes(v, grid, tiles, num_heads),
+            **_options(v, grid, num_heads),
+        )
+    if grad_psi is not None:
+        grad_psi = grad_psi.sum(0).to(psi.dtype)
+    if grad_theta is not None:
+        grad_theta = grad_theta.sum(0).to(theta.dtype)
     # An operator returns tensors, always.
+    grads = grad_v, grad_scores, grad_psi, grad_theta
     return tuple(v.new_empty(0) if grad is None else grad for grad in grads)
 
 
 def _shapes(v: Tensor, scores: Tensor, *_: object) -> tuple[Tensor, Tensor]:
-    """Tensors like those that :func:`_run` returns."""
+    """Tensors like those that :func:`_forward` returns."""
     return torch.empty_like(v), scores.new_empty(scores.shape)
 
 
 def _backward_shapes(
     v: Tensor, scores: Tensor, psi: Tensor, theta: Tensor, *more: Any
 ) -> tuple[Tensor, ...]:
-    """Tensors like those that :func:`_run_backward` returns."""
+    """Tensors like those that :func:`_backward` returns."""
     grad_out, needed = more[0], more[-1]
     there = needed[0] and grad_out is not None, *needed[1:]
     tensors = zip((v, scores, psi, theta), there, strict=True)
@@ -159,7 +195,7 @@ if hasattr(torch.library, 'custom_op'):
     _SIZES = 'int height, int width, int window'
     _less_attention = torch.library.custom_op(
         'mmlavit::less_attention',
-        _run,
+        _forward,
         mutates_args=(),
         schema=f'({_TENSORS}, {_SIZES}) -> (Tensor, Tensor)',
     )
@@ -167,70 +203,11 @@ if hasattr(torch.library, 'custom_op'):
     _less_attention.register_autograd(_differentiate, setup_context=_keep)
     torch.library.custom_op(
         'mmlavit::less_attention_backward',
-        _run_backward,
+        _backward,
         mutates_args=(),
         schema=f'({_TENSORS}, Tensor? grad_out, Tensor? grad_new, {_SIZES}, bool[] needed)'
         ' -> (Tensor, Tensor, Tensor, Tensor)',
     ).register_fake(_backward_shapes)
-
-
-def _forward(
-    v: Tensor, scores: Tensor, psi: Tensor, theta: Tensor, grid: WindowGrid, num_heads: int
-) -> tuple[Tensor, Tensor]:
-    """``Z`` and ``A_l``."""
-    out = torch.empty_like(v)
-    new_scores = torch.empty_like(scores, memory_format=torch.contiguous_format)
-    tiles = scores.shape[0] * num_heads
-    with torch.cuda.device_of(v):
-        _kernels().forward[(ceil_div(tiles, FORWARD_TILES),)](
-            *(scores, psi, theta, v, new_scores, out),
-            *scores.stride(),
-            *_sizes(v, grid, tiles, num_heads),
-            **_options(v, grid, num_heads),
-        )
-    return out, new_scores
-
-
-def _backward(
-    v: Tensor,
-    scores: Tensor,
-    psi: Tensor,
-    theta: Tensor,
-    grad_out: Tensor | None,
-    grad_new: Tensor | None,
-    grid: WindowGrid,
-    num_heads: int,
-    needed: tuple[bool, ...],
-) -> tuple[Tensor | None, ...]:
-    """Gradients of ``v``, ``scores``, ``psi`` and ``theta``, None where not needed."""
-    of_v, of_scores, of_psi, of_theta = needed
-    tiles = scores.shape[0] * num_heads
-    programs = min(tiles, BACKWARD_PROGRAMS * _processors(v.device))
-    grad_v = grad_scores = grad_psi = grad_theta = None
-    if grad_out is not None:
-        grad_out = grad_out.contiguous()
-        grad_v = torch.empty_like(v) if of_v else None
-    if of_scores:
-        grad_scores = torch.empty_like(scores, memory_format=torch.contiguous_format)
-    # One sum for each program, added up afterwards: the same at every run, unlike atomic additions.
-    if of_psi:
-        grad_psi = torch.empty(programs, *psi.shape, device=v.device)
-    if of_theta:
-        grad_theta = torch.empty(programs, *theta.shape, device=v.device)
-    with torch.cuda.device_of(v):
-        _kernels().backward[(programs,)](
-            *(scores, psi, theta, v, grad_out, grad_new),
-            *(grad_scores, grad_psi, grad_theta, grad_v),
-            *scores.stride(),
-            *(scores if grad_new is None else grad_new).stride(),
-            *_sizes(v, grid, tiles, num_heads),
-            **_options(v, grid, num_heads),
-        )
-    if grad_psi is not None:
-        grad_psi = grad_psi.sum(0).to(psi.dtype)
-    if grad_theta is not None:
-        grad_theta = grad_theta.sum(0).to(theta.dtype)
-    return grad_v, grad_scores, grad_psi, grad_theta
 
 
 def _sizes(v: Tensor, grid: WindowGrid, tiles: int, num_heads: int) -> tuple[int, ...]:
@@ -315,14 +292,14 @@ def _try(
         kernels = _kernels()
         if kernels is None:
             return False
-        grid = WindowGrid(window, window, window)
         v = torch.zeros(1, window, window, head_dim, dtype=dtype, device=device)
         scores = v.new_zeros(1, 1, window**2, window**2)
         psi = theta = scores[0, 0]
         try:
-            out, new_scores = _forward(v, scores, psi, theta, grid, 1)
+            given, sizes = (v, scores, psi, theta), (window, window, window)
+            grads = _forward(*given, *sizes)
             if backward:
-                _backward(v, scores, psi, theta, out, new_scores, grid, 1, (True,) * 4)
+                _backward(*given, *grads, *sizes, (True,) * 4)
         except kernels.triton.OutOfResources:
             # The shared memory of smaller GPUs does not hold what float32 needs in training.
             return False

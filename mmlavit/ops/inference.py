@@ -36,7 +36,8 @@ def serves(blocks: nn.ModuleList, x: Tensor) -> bool:
     return (
         x.device.type == 'cpu'
         and is_unwatched_inference(x)
-        and not blocks.training
+        # Whoever wants samples of a model puts its dropouts alone into training.
+        and not any(part.training for block in blocks for part in block.modules())
         and os.environ.get('TRITON_INTERPRET') != '1'
         and are_plain(blocks)
     )

@@ -33,7 +33,7 @@ def less_attention(
     Returns:
         ``Z``, a map like ``v``, and ``A_l`` (windows, heads, n, n), 0 at padded pairs.
     """
-    given = scores, psi, theta, grid, scores.shape[1]
+    given = scores, psi, theta, grid
     if fused and _does_nothing(attn_drop) and can_fuse(v, *given):
         return fused_less_attention(v, *given)
     scores = two_sided_linear(scores, psi, theta)

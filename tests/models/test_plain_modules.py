@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook
 from torch.nn.utils import parametrizations, parametrize, prune
 
+from mmlavit.models.block import DropPath
+
 # Of the same type for all: float32 is what the fast forms are for. Padded in every stage.
 SIZE = (1, 3, 44, 70)
 OPTIONS = dict(window_sizes=(4, 4, 2, 2), drop_path_rate=0.0)
@@ -297,3 +299,18 @@ def test_weights_of_another_kind_are_asked(grad):
             assert Loud.calls >= 1, name
             for a, b in zip(maps, before, strict=True):
                 torch.testing.assert_close(a.as_subclass(Tensor), b)
+
+
+@pytest.mark.parametrize('grad', [True, False])
+@pytest.mark.parametrize('kind', [nn.Dropout, DropPath])
+def test_dropouts_alone_in_training_drop(kind, grad):
+    """As who wants samples of a trained model does (arXiv 1506.02142)."""
+    model, x = lavit(drop_rate=0.3, attn_drop_rate=0.3, drop_path_rate=0.5).eval(), batch()
+    with torch.set_grad_enabled(grad):
+        first, second = model(x), model(x)
+        assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+        for module in model.modules():
+            module.training = isinstance(module, kind)
+        torch.manual_seed(0)
+        first, second = model(x), model(x)
+        assert not torch.equal(first[-1], second[-1])

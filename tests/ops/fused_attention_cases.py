@@ -201,11 +201,11 @@ def test_a_map_may_be_padded_or_not():
     layer, scores = moved(layer_for(8, 32), torch.float32), scores_for(grid, 2)
     scores, v = moved(scores, torch.float32), moved(images(2, 9, 5, 64), torch.float32)
     matrices = layer.psi, layer.theta
-    expected, new = fused_less_attention(v, scores, *matrices, grid, 2)
+    expected, new = fused_less_attention(v, scores, *matrices, grid)
     padded = grid.pad(v)
     # Whatever is in the padding, it has no part in the output.
     padded[:, 9:], padded[:, :, 5:] = float('nan'), float('inf')
-    out, kept = fused_less_attention(padded, scores, *matrices, grid, 2)
+    out, kept = fused_less_attention(padded, scores, *matrices, grid)
     assert out.shape == padded.shape and out.isfinite().all()
     assert torch.equal(grid.crop(out), expected)
     assert torch.equal(kept, new)
@@ -217,7 +217,7 @@ def test_layouts_of_the_values():
     grid = WindowGrid(8, 8, 8)
     layer, scores = moved(layer_for(8, 32), torch.float32), scores_for(grid, 2)
     scores, v = moved(scores, torch.float32), moved(images(2, 8, 8, 64), torch.float32)
-    rest = scores, layer.psi, layer.theta, grid, 2
+    rest = scores, layer.psi, layer.theta, grid
     expected = fused_less_attention(v, *rest)[0]
     for lying in (v.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1), v.mT.contiguous().mT):
         assert not lying.is_contiguous()
@@ -318,10 +318,10 @@ def test_gradients_of_one_tensor_alone(trained):
     given |= {'psi': layer.psi.detach(), 'theta': layer.theta.detach()}
     given = {name: moved(t, torch.float32) for name, t in given.items()}
     all_given = [t.clone().requires_grad_() for t in given.values()]
-    loss = loss_of('both')(*fused_less_attention(*all_given, grid, 2))
+    loss = loss_of('both')(*fused_less_attention(*all_given, grid))
     expected = dict(zip(given, torch.autograd.grad(loss, all_given), strict=True))[trained]
     given[trained] = given[trained].clone().requires_grad_()
-    loss_of('both')(*fused_less_attention(*given.values(), grid, 2)).backward()
+    loss_of('both')(*fused_less_attention(*given.values(), grid)).backward()
     assert torch.equal(given[trained].grad, expected)
     assert all(t.grad is None for name, t in given.items() if name != trained)
 
@@ -358,7 +358,7 @@ def test_autocast():
         with torch.autocast(DEVICE, dtype=dtype):
             plain, ours = (run(layer, x, grid, given, fused) for fused in (False, True))
             assert [t.dtype for t in ours] == [t.dtype for t in plain] == [dtype, dtype]
-            assert can_fuse(x, given, layer.psi, layer.theta, grid, 2)
+            assert can_fuse(x, given, layer.psi, layer.theta, grid)
             worse = {
                 k: g.clone() for k, g in gradients(layer, x, grid, given, False, 'both').items()
             }

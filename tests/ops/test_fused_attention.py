@@ -80,7 +80,7 @@ def test_without_a_triton_that_fits_there_are_no_kernels(triton, monkeypatch, re
     monkeypatch.setenv('TRITON_INTERPRET', '1')
     layer, grid = LessAttention(64, 2, 4), WindowGrid(4, 4, 4)
     x, scores = images(1, 4, 4, 64).float(), images(1, 2, 16, 16).float()
-    assert not can_fuse(x, scores, layer.psi, layer.theta, grid, 2)
+    assert not can_fuse(x, scores, layer.psi, layer.theta, grid)
     assert layer(x, grid, scores)[0].shape == x.shape
     fused_attention._try.cache_clear()
     assert not recwarn
