@@ -15,7 +15,6 @@ from .attention import LessAttention, VanillaAttention
 from .attention_residual import AttentionResidual
 from .base import BaseModule, register, say
 from .block import Block, ConvStem, PatchEmbed
-from .module_list import ModuleList
 from .state_dict import (
     are_flattened,
     check_arch,
@@ -55,7 +54,8 @@ class Stage(nn.Module):
         super().__init__()
         self.downsample = downsample
         self.attention_residual = attention_residual
-        self.blocks = ModuleList(blocks)
+        # Type checkers know of a ModuleList only that it holds some modules.
+        self.blocks: Sequence[Block] = nn.ModuleList(blocks)  # type: ignore[assignment]
         self.window = window
         self.with_cp = with_cp
 
@@ -180,7 +180,7 @@ class LaViT(BaseModule):
             self.patch_embed = ConvStem(in_channels, arch.embed_dims[0])
         else:
             self.patch_embed = PatchEmbed(in_channels, arch.embed_dims[0], 4)
-        self.stages: ModuleList[Stage] = ModuleList()
+        stages = []
         for m in range(num_stages):
             dims, heads, window = arch.embed_dims[m], arch.num_heads[m], window_sizes[m]
             blocks = []
@@ -202,7 +202,8 @@ class LaViT(BaseModule):
                 residual = AttentionResidual(
                     arch.num_heads[m - 1], heads, window_sizes[m - 1], window
                 )
-            self.stages.append(Stage(downsample, residual, blocks, window, with_cp))
+            stages.append(Stage(downsample, residual, blocks, window, with_cp))
+        self.stages: Sequence[Stage] = nn.ModuleList(stages)  # type: ignore[assignment]
         for m in self.out_indices:
             self.add_module(f'norm{m}', nn.LayerNorm(arch.embed_dims[m], eps=1e-6))
 

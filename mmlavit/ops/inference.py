@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 SLAB_TOKENS = 16384
 
 
-def serves(blocks: nn.ModuleList, x: Tensor) -> bool:
+def serves(blocks: Sequence[nn.Module], x: Tensor) -> bool:
     """Whether these layers and tokens can be run here."""
     return (
         x.device.type == 'cpu'
@@ -44,7 +44,7 @@ def serves(blocks: nn.ModuleList, x: Tensor) -> bool:
 
 
 def layers(
-    blocks: nn.ModuleList, x: Tensor, grid: WindowGrid, residual: Tensor | None
+    blocks: Sequence[nn.Module], x: Tensor, grid: WindowGrid, residual: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Run the layers of a stage; arguments and result as of :func:`mmlavit.ops.layers.layers`."""
     slabs = cut_into_slabs(grid, x.shape[0], SLAB_TOKENS)

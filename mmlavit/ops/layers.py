@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -12,7 +13,7 @@ from . import inference
 
 
 def layers(
-    blocks: nn.ModuleList,
+    blocks: Sequence[nn.Module],
     x: Tensor,
     grid: WindowGrid,
     residual: Tensor | None,
