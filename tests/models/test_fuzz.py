@@ -8,7 +8,7 @@ import os
 import random
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from unittest import mock
@@ -291,6 +291,19 @@ def check(case: Case) -> None:
     rough = exact
     if low != torch.float64:
         rough = by_the_reference(case, weights, images.double(), trainable, low)
+
+    def nudged() -> Iterator[list[Tensor]]:
+        """Of the reference in ``low``, all that it is given moved by a rounding, eight times."""
+        generator = torch.Generator().manual_seed(case.seed + 3)
+
+        def nudge(t: Tensor) -> Tensor:
+            signs = torch.randint(-1, 2, t.shape, generator=generator)
+            return t * (1 + torch.finfo(low).eps * signs.double())
+
+        for _ in range(8):
+            moved = {name: nudge(w) for name, w in weights.items()}
+            yield by_the_reference(case, moved, nudge(images.double()), trainable, low)
+
     assert [t.shape for t in ours] == [t.shape for t in exact]
     num_maps = len(case.out_indices)
     names = [f'map {m}' for m in case.out_indices] + [f'gradient of {n}' for n in trainable]
@@ -303,6 +316,10 @@ def check(case: Case) -> None:
             limit = EXACT * largest(exact[part])
         else:
             limit = allowed(exact[part], rough[part], low)
+            if error > limit:
+                # A LayerNorm over four channels may multiply a rounding by any number, and one
+                # run of the reference does not show by which.
+                limit = max(allowed(exact[part], moved[part], low) for moved in nudged())
         worst = max(
             zip(ours[part], exact[part], [*names, 'gradient of images'][part], strict=False),
             key=lambda t: largest([t[0] - t[1]]),
