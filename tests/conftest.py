@@ -3,6 +3,7 @@
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,15 @@ sys.path.insert(0, str(ROOT / 'tools'))
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Long tests first, so that short ones are left to even out the processes that run them."""
     items.sort(key=lambda item: item.get_closest_marker('slow') is None)
+
+
+@pytest.fixture
+def own_scope() -> Iterator[None]:
+    """A runner sets MMEngine's default scope for good; take it back."""
+    from mmengine.registry import DefaultScope  # not there where MMEngine is not
+
+    with DefaultScope.overwrite_default_scope('mmengine'):
+        yield
 
 
 @pytest.fixture(scope='session')

@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import os
 import re
+import runpy
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 TIMEOUT = 400  # seconds; on an idle machine no call takes more than 40
@@ -52,6 +55,29 @@ def run_tool(
             process.terminate()
             raise
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+def run_tool_here(command: str, patch: pytest.MonkeyPatch, folder: Path, *args: object) -> None:
+    """Run a script of tools/ in this process, which has the toolboxes imported already.
+
+    Args:
+        command: The script, below tools/.
+        patch: What takes back the folder and the arguments.
+        folder: Where to run it.
+        args: Its arguments.
+    """
+    from mmengine.logging import MMLogger
+    from mmengine.registry import DefaultScope
+
+    patch.chdir(folder)
+    patch.setattr(sys, 'argv', [Path(command).name, *map(str, args)])
+    logger = MMLogger.get_instance('mmengine')
+    level = logger.level
+    try:
+        with DefaultScope.overwrite_default_scope('mmengine'):
+            runpy.run_path(str(ROOT / 'tools' / command), run_name='__main__')
+    finally:
+        logger.setLevel(level)
 
 
 def assert_ran(result: subprocess.CompletedProcess[str]) -> None:

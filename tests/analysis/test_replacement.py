@@ -5,9 +5,8 @@ from __future__ import annotations
 import json
 import math
 import re
-import runpy
-import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import cv2
@@ -15,8 +14,7 @@ import numpy as np
 import pytest
 import reference
 import torch
-from helpers import ROOT, make_shapes, the_one_line
-from mmengine.logging import MMLogger
+from helpers import ROOT, make_shapes, run_tool_here, the_one_line
 from mmengine.model import BaseModel
 from mmengine.registry import MODELS, DefaultScope
 from mmengine.structures import InstanceData
@@ -339,7 +337,7 @@ def test_a_mean_is_of_images_of_one_size():
 
 # ---- The tool -----------------------------------------------------------------------------------
 
-TOOL = ROOT / 'tools' / 'analysis' / 'replacement.py'
+run = partial(run_tool_here, 'analysis/replacement.py')
 NANO = dict(arch='nano', window_sizes=(8, 12, 6, 3), out_indices=(3,))
 IMAGES = 12
 
@@ -395,18 +393,6 @@ def pictures(folder: Path) -> list[tuple[Tensor, int]]:
 @torch.no_grad()
 def features_of(model: LaViT, image: Tensor) -> Tensor:
     return model(image)[0].mean(dim=(0, 2, 3))
-
-
-def run(monkeypatch: pytest.MonkeyPatch, folder: Path, *args: object) -> None:
-    """The tool, in this process, which has the toolboxes imported."""
-    monkeypatch.chdir(folder)
-    monkeypatch.setattr(sys, 'argv', ['replacement.py', *map(str, args)])
-    level = MMLogger.get_instance('mmengine').level
-    try:
-        with DefaultScope.overwrite_default_scope('mmengine'):
-            runpy.run_path(str(TOOL), run_name='__main__')
-    finally:
-        MMLogger.get_instance('mmengine').setLevel(level)
 
 
 def cells_of(markdown: str) -> list[list[str]]:

@@ -4,24 +4,21 @@ from __future__ import annotations
 
 import csv
 import json
-import runpy
-import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, make_shapes, run_tool, the_one_line
+from helpers import ROOT, make_shapes, run_tool, run_tool_here, the_one_line
 from matplotlib.image import imread
-from mmengine.logging import MMLogger
-from mmengine.registry import DefaultScope
 
 from mmlavit import LaViT
 from mmlavit.analysis.peers import recording_any
 from mmlavit.analysis.saturation import LayerNumbers, SaturationMeter
 from mmlavit.analysis.saturation_figures import draw, draw_curves, draw_heat_maps, to_image
 
-TOOL = ROOT / 'tools' / 'analysis' / 'saturation.py'
+run = partial(run_tool_here, 'analysis/saturation.py')
 CONFIG = ROOT / 'configs' / 'lavit_n_shapes.py'
 MEASURES = ('diagonality', 'symmetry', 'entropy')
 
@@ -45,18 +42,6 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = dict(type='ImageClassifier', backbone={**backbone, 'window_size': 4})
     (folder / 'swin.py').write_text(f"default_scope = 'mmpretrain'\nmodel = {model}\n")
     return folder
-
-
-def run(monkeypatch: pytest.MonkeyPatch, folder: Path, *args: object) -> None:
-    """The tool, in this process, which has the toolboxes imported."""
-    monkeypatch.chdir(folder)
-    monkeypatch.setattr(sys, 'argv', ['saturation.py', *map(str, args)])
-    level = MMLogger.get_instance('mmengine').level
-    try:
-        with DefaultScope.overwrite_default_scope('mmengine'):
-            runpy.run_path(str(TOOL), run_name='__main__')
-    finally:
-        MMLogger.get_instance('mmengine').setLevel(level)
 
 
 @pytest.fixture(scope='module')

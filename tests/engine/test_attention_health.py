@@ -4,30 +4,25 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 import random
 import re
-import socket
-from collections.abc import Callable, Iterator, Mapping
-from datetime import timedelta
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from mmengine.hooks import Hook
 from mmengine.model import BaseModel, MMDistributedDataParallel
-from mmengine.registry import DefaultScope
 from mmengine.runner import Runner
+from processes import in_two_processes
 from small import images, seeded
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from mmlavit import AttentionHealthHook, LaViT
-from mmlavit.compat import leave_process_group, repair_torchvision
 from mmlavit.engine.hooks.attention_health import figures
 from mmlavit.models.attention import VanillaAttention, WindowAttention
 from mmlavit.models.windows import WindowGrid
@@ -47,12 +42,7 @@ BATCH = 2
 FIRST_LOOK = 2  # As a tenth of the training is 1.2 iterations.
 HOOK = dict(type='AttentionHealthHook', interval=1)
 
-
-@pytest.fixture(autouse=True)
-def own_scope() -> Iterator[None]:
-    """A runner sets MMEngine's default scope for good; take it back."""
-    with DefaultScope.overwrite_default_scope('mmengine'):
-        yield
+pytestmark = pytest.mark.usefixtures('own_scope')
 
 
 # ---- Models whose attention is as one wants it ---------------------------------------------------
@@ -515,13 +505,8 @@ def test_refuses_a_model_without_a_lavit():
 # ---- Distributed ---------------------------------------------------------------------------------
 
 
-def train_in_one_of_two(rank: int, folder: Path, port: int) -> None:
+def train_in_one_of_two(rank: int, folder: Path) -> None:
     """Train with the hook and without; leave what it said and both weights in a file."""
-    repair_torchvision()
-    torch.set_num_threads(1)
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE='2')
-    os.environ.update(MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port))
-    dist.init_process_group('gloo', rank=rank, world_size=2, timeout=timedelta(seconds=300))
     settings = dict(
         launcher='pytorch',
         train_dataloader=dict(
@@ -539,17 +524,11 @@ def train_in_one_of_two(rank: int, folder: Path, port: int) -> None:
         heard = train(folder / name, model, hook, **settings)
         found.append((heard.lines, model.module.state_dict()))
     torch.save(found, folder / f'{rank}.pth')
-    del model, heard
-    leave_process_group()
 
 
 @pytest.mark.slow
-def test_the_main_process_alone_speaks_in_distributed_training(tmp_path, monkeypatch):
-    with socket.socket() as probe:
-        probe.bind(('127.0.0.1', 0))
-        port = probe.getsockname()[1]
-    monkeypatch.setenv('OMP_NUM_THREADS', '1')
-    torch.multiprocessing.spawn(train_in_one_of_two, args=(tmp_path, port), nprocs=2)
+def test_the_main_process_alone_speaks_in_distributed_training(tmp_path):
+    in_two_processes(train_in_one_of_two, tmp_path)
     for rank in range(2):
         (lines, weights), (_, others) = torch.load(tmp_path / f'{rank}.pth')
         if rank == 0:

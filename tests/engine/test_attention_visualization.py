@@ -4,24 +4,20 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 import random
-import socket
 import subprocess
 import sys
-from collections.abc import Iterator
-from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from mmengine.model import BaseModel, MMDistributedDataParallel
 from mmengine.registry import HOOKS, MODEL_WRAPPERS, DefaultScope
 from mmengine.runner import Runner
+from processes import in_two_processes
 from small import ARCH, images
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -29,17 +25,11 @@ from torch.utils.data import DataLoader
 from mmlavit import AttentionVisualizationHook, LaViT
 from mmlavit.analysis.measures import symmetry
 from mmlavit.analysis.record import recording
-from mmlavit.compat import leave_process_group
 
 SIZE = 64
 STEPS = 6
 
-
-@pytest.fixture(autouse=True)
-def own_scope() -> Iterator[None]:
-    """A runner sets MMEngine's default scope for good; take it back."""
-    with DefaultScope.overwrite_default_scope('mmengine'):
-        yield
+pytestmark = pytest.mark.usefixtures('own_scope')
 
 
 class Toy(BaseModel):
@@ -266,12 +256,8 @@ def test_says_what_to_install_without_matplotlib(monkeypatch):
 # ---- Distributed ---------------------------------------------------------------------------------
 
 
-def train_in_one_of_two(rank: int, folder: Path, port: int) -> None:
+def train_in_one_of_two(rank: int, folder: Path) -> None:
     """Train with the hook and without; leave both weights in a file."""
-    torch.set_num_threads(1)
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE='2')
-    os.environ.update(MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port))
-    dist.init_process_group('gloo', rank=rank, world_size=2, timeout=timedelta(seconds=300))
     settings = dict(
         launcher='pytorch',
         train_dataloader=dict(
@@ -288,17 +274,11 @@ def train_in_one_of_two(rank: int, folder: Path, port: int) -> None:
         runner = train(folder / name, MMDistributedDataParallel(toy()), *hooks, **settings)
         found.append(runner.model.module.state_dict())
     torch.save(found, folder / f'{rank}.pth')
-    del runner
-    leave_process_group()
 
 
 @pytest.mark.slow
-def test_the_main_process_alone_looks_in_distributed_training(tmp_path, monkeypatch):
-    with socket.socket() as probe:
-        probe.bind(('127.0.0.1', 0))
-        port = probe.getsockname()[1]
-    monkeypatch.setenv('OMP_NUM_THREADS', '1')
-    torch.multiprocessing.spawn(train_in_one_of_two, args=(tmp_path, port), nprocs=2)
+def test_the_main_process_alone_looks_in_distributed_training(tmp_path):
+    in_two_processes(train_in_one_of_two, tmp_path)
     for rank in range(2):
         with_hook, without = torch.load(tmp_path / f'{rank}.pth')
         for name, value in without.items():

@@ -3,7 +3,6 @@
 import copy
 import gc
 import json
-import os
 import pickle
 import weakref
 from collections import defaultdict
@@ -28,13 +27,13 @@ from mmengine.model import (
 from mmengine.optim import AmpOptimWrapper, OptimWrapper
 from mmengine.registry import DefaultScope
 from mmengine.runner import Runner
+from processes import in_two_processes
 from small import ARCH as SMALL
 from small import images, small_lavit
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from mmlavit import DiagonalityLossHook, diagonality_preserving_loss
-from mmlavit.compat import leave_process_group, repair_torchvision
 from mmlavit.models.attention import LessAttention
 
 # Less-attention layers per stage: 1, 2, 1, 1.
@@ -43,12 +42,7 @@ WINDOWS = (4, 4, 2, 2)
 HEIGHT, WIDTH = 20, 12  # Grids 5 x 3, 3 x 2, 2 x 1: padded in every stage.
 ALL_VANILLA = {**ARCH, 'vanilla_depths': ARCH['depths']}
 
-
-@pytest.fixture(autouse=True)
-def own_scope() -> Iterator[None]:
-    """A runner sets MMEngine's default scope for good; take it back."""
-    with DefaultScope.overwrite_default_scope('mmengine'):
-        yield
+pytestmark = pytest.mark.usefixtures('own_scope')
 
 
 class Toy(BaseModel):
@@ -454,13 +448,7 @@ def test_with_checkpointed_layers():
 
 
 def train_one_of_two(rank: int, folder: Path) -> None:
-    """One process of test_through_ddp, which knows no conftest.py."""
-    repair_torchvision()
-    torch.set_num_threads(1)
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE='2')
-    torch.distributed.init_process_group(
-        'gloo', init_method=f'file://{folder}/store', rank=rank, world_size=2
-    )
+    """One process of test_through_ddp."""
     runner = make_runner(
         folder,
         toy(),
@@ -479,13 +467,11 @@ def train_one_of_two(rank: int, folder: Path) -> None:
     runner.train()
     assert isinstance(runner.model, MMDistributedDataParallel)
     torch.save(runner.model.module.state_dict(), folder / f'{rank}.pth')
-    del runner
-    leave_process_group()
 
 
 def test_through_ddp(tmp_path):
     """Two processes with two images each take the mean of their gradients."""
-    torch.multiprocessing.spawn(train_one_of_two, args=(tmp_path,), nprocs=2)
+    in_two_processes(train_one_of_two, tmp_path)
     trained = [torch.load(tmp_path / f'{rank}.pth') for rank in (0, 1)]
     torch.testing.assert_close(trained[1], trained[0], rtol=0, atol=0)
 

@@ -3,28 +3,24 @@
 from __future__ import annotations
 
 import itertools
-import os
-import socket
 import traceback
 from collections.abc import Callable
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from mmengine.model import BaseModel, MMDistributedDataParallel
 from mmengine.runner import FlexibleRunner
+from processes import in_two_processes
 from small import ARCH, images, small_lavit
 from torch import Tensor, nn
 from torch.distributed.fsdp import FullStateDictConfig, LocalStateDictConfig, StateDictType
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 
 from mmlavit import DiagonalityLossHook, wrap_lavit_blocks
-from mmlavit.compat import leave_process_group, repair_torchvision
 from mmlavit.engine.hooks import StepSeedHook
 
 WORLD = 2
@@ -206,13 +202,8 @@ def draws() -> list[Tensor]:
     return found
 
 
-def run_cases(rank: int, folder: Path, port: int) -> None:
+def run_cases(rank: int, folder: Path) -> None:
     """One of the two processes: all cases in one process group."""
-    repair_torchvision()  # MMEngine's log of the environment imports it
-    torch.set_num_threads(1)
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(WORLD))
-    os.environ.update(MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port))
-    dist.init_process_group('gloo', rank=rank, world_size=WORLD, timeout=timedelta(seconds=300))
     cases: dict[str, Callable[[], dict]] = {
         f'DDP {name}': partial(ddp_gradients, rank, **options)
         for name, options in DDP_CASES.items()
@@ -238,19 +229,13 @@ def run_cases(rank: int, folder: Path, port: int) -> None:
             found[name] = traceback.format_exc()
             break
     torch.save(found, folder / f'{rank}.pth')
-    leave_process_group()
 
 
 @pytest.fixture(scope='module')
 def found(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict]]:
     """What each of the two processes found, case by case."""
     folder = tmp_path_factory.mktemp('distributed')
-    with socket.socket() as probe:
-        probe.bind(('127.0.0.1', 0))
-        port = probe.getsockname()[1]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv('OMP_NUM_THREADS', '1')
-        torch.multiprocessing.spawn(run_cases, args=(folder, port), nprocs=WORLD)
+    in_two_processes(run_cases, folder)
     return folder, [torch.load(folder / f'{r}.pth', weights_only=False) for r in range(WORLD)]
 
 
