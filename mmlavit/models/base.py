@@ -12,6 +12,9 @@ M = TypeVar('M', bound=nn.Module)
 
 # Type checkers always see the stand-in, since MMEngine shows them no annotations.
 if not TYPE_CHECKING and find_spec('mmengine') is not None:
+    from ..compat import require_mmengine
+
+    require_mmengine()  # what MMEngine needs around it comes before MMEngine
     from mmengine.logging import print_log
     from mmengine.model import BaseModule
     from mmengine.registry import MODELS

@@ -132,12 +132,12 @@ def test_a_leak_of_memory_is_caught():
 
 
 def passes_with_leaks(leaks: list[Callable[[LaViT], None] | None]) -> list[list[Held]]:
-    return [many_passes(20, 100, 40, leak) for leak in leaks]
+    return [many_passes(100, 400, 40, leak) for leak in leaks]
 
 
 def test_a_leak_of_an_object_in_each_pass_is_caught():
     runs = alone(passes_with_leaks, [leak_maps, leak_sizes, None])
-    maps, sizes, nothing = (grown(*held, passes=80) for held in runs)
+    maps, sizes, nothing = (grown(*held, passes=300) for held in runs)
     assert 'tensors' in maps
     assert 'blocks' in sizes
     assert not nothing & {'tensors', 'blocks'}
