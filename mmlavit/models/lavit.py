@@ -254,12 +254,15 @@ class LaViT(BaseModule):
             # projection keeps the bias that PyTorch gave it.
             if module.bias is not None and module is not self._first_projection:
                 nn.init.zeros_(module.bias)
+        if isinstance(self.patch_embed, ConvStem):
+            _centre(self.patch_embed.conv2.proj.weight, dim=(1, 2, 3))
         for stage in self.stages:
             # What writes to the tokens adds little, and the less the more layers there are, so that
             # the tokens of a stage grow by a bounded factor at any depth.
             share = min(1, math.sqrt(START_LAYERS / len(stage.blocks)))
             for block in stage.blocks:
-                _init_centred(block.pos_conv.weight, std=share * POSITION_STD)
+                nn.init.normal_(block.pos_conv.weight, std=share * POSITION_STD)
+                _centre(block.pos_conv.weight, dim=(2, 3))
                 for projection in (block.attn.proj, block.mlp.fc2):
                     nn.init.normal_(projection.weight, std=share * PROJECTION_STD)
 
@@ -267,7 +270,7 @@ class LaViT(BaseModule):
     def _first_projection(self) -> nn.Conv2d:
         """The convolution that the image meets first."""
         stem = self.patch_embed
-        return (stem.conv1 if isinstance(stem, ConvStem) else stem).proj
+        return stem.conv1 if isinstance(stem, ConvStem) else stem.proj
 
     def _freeze_stages(self) -> None:
         if self.frozen_stages < 0:
@@ -381,14 +384,15 @@ class LaViT(BaseModule):
 
 
 @torch.no_grad()
-def _init_centred(kernels: Tensor, std: float) -> None:
-    """Kernels (C, 1, k, k) that each sum to 0: they answer to what differs between neighbours.
+def _centre(kernels: Tensor, dim: tuple[int, ...]) -> None:
+    """Make kernels sum to 0 over some dims: they answer to what differs along them.
 
-    Neighbours are alike. Of kernels that do not sum to 0 the answer is mostly the token again,
-    times a random factor for each channel, and outlines are lost in it.
+    Neighbours are alike. Of position kernels that do not sum to 0 the answer is mostly the token
+    again, times a random factor for each channel, and outlines are lost in it. GELU leaves channels
+    that are alike, above 0 in the mean: of such stem kernels, a fifth of the answer would be one
+    vector that all tokens share, and attention has little to tell them apart by.
     """
-    nn.init.normal_(kernels, std=std)
-    kernels -= kernels.mean(dim=(2, 3), keepdim=True)
+    kernels -= kernels.mean(dim, keepdim=True)
 
 
 def _complete_init_cfg(init_cfg: dict | list[dict] | None) -> dict | list[dict] | None:

@@ -55,6 +55,16 @@ def like_weights(block: nn.Module) -> dict[str, Tensor]:
     }
 
 
+def test_what_all_channels_have_in_common_does_not_leave_the_stem():
+    """GELU lifts all channels; tokens that share what comes of it are hard to tell apart."""
+    torch.manual_seed(0)
+    second = LaViT('nano').patch_embed.conv2.proj
+    with torch.no_grad():
+        common = second(torch.full((1, 32, 16, 16), 0.5))[..., 1:, 1:]
+        mixed = second(torch.randn(1, 32, 16, 16))
+    assert common.abs().max() < 1e-5 < 0.1 < mixed.std()
+
+
 @pytest.mark.parametrize('seed', range(2))
 def test_what_is_the_same_everywhere_has_no_position(seed):
     """Away from the borders the position convolutions leave out even maps."""
