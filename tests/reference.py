@@ -203,19 +203,14 @@ def conv(x: Tensor, weights: Weights, **options: int) -> Tensor:
 
 
 def embed(x: Tensor, weights: Weights, stride: int) -> Tensor:
-    """:func:`patches`, then LayerNorm."""
-    return layer_norm(patches(x, sub(weights, 'proj'), stride), sub(weights, 'norm'))
-
-
-def patches(x: Tensor, weights: Weights, stride: int) -> Tensor:
-    """Every patch of stride x stride projected; whatever lies beyond x is 0.
+    """Every patch of stride x stride projected, then LayerNorm; whatever lies beyond x is 0.
 
     A kernel one larger than the stride also sees the row above its patch and the column to its
     left. x: (H, W, D). Returns (ceil(H / stride), ceil(W / stride), D').
     """
     height, width, dim = x.shape
     rows, cols = math.ceil(height / stride), math.ceil(width / stride)
-    weight, bias = weights['weight'], weights['bias']
+    weight, bias = weights['proj.weight'], weights['proj.bias']
     kernel = weight.shape[-1]
     before = kernel - stride
     padded = x.new_zeros(before + rows * stride, before + cols * stride, dim)
@@ -226,7 +221,7 @@ def patches(x: Tensor, weights: Weights, stride: int) -> Tensor:
         for left in range(0, cols * stride, stride):
             seen = padded[top : top + kernel, left : left + kernel].permute(2, 0, 1)
             tokens.append(F.linear(seen.flatten(), weight.flatten(1), bias))
-    return torch.stack(tokens).unflatten(0, (rows, cols))
+    return layer_norm(torch.stack(tokens).unflatten(0, (rows, cols)), sub(weights, 'norm'))
 
 
 def block(
@@ -266,7 +261,7 @@ def lavit_one_image(
     if 'patch_embed.proj.weight' in state_dict:
         x = embed(x, sub(state_dict, 'patch_embed'), 4)
     else:
-        x = F.gelu(patches(x, sub(state_dict, 'patch_embed.conv1'), 2))
+        x = F.gelu(embed(x, sub(state_dict, 'patch_embed.conv1'), 2))
         x = embed(x, sub(state_dict, 'patch_embed.conv2'), 2)
 
     outputs = []
@@ -370,10 +365,9 @@ def lavit_whole_image(image: Tensor, state_dict: Weights, num_heads: Sequence[in
         return whole_norm(tokens, sub(state_dict, f'{prefix}.norm')), maps.shape[-2:]
 
     outputs = []
-    if 'patch_embed.conv1.weight' in state_dict:
-        conv1 = sub(state_dict, 'patch_embed.conv1')
-        x = F.conv2d(image, conv1['weight'], conv1['bias'], stride=2, padding=1)
-        x, grid = embed(whole_gelu(x), 'patch_embed.conv2', 2)
+    if 'patch_embed.conv1.proj.weight' in state_dict:
+        x, grid = embed(image, 'patch_embed.conv1', 2)
+        x, grid = embed(whole_gelu(x).mT.unflatten(-1, grid), 'patch_embed.conv2', 2)
     else:
         x, grid = embed(image, 'patch_embed', 4)
     a = None

@@ -52,9 +52,8 @@ class PatchEmbed(nn.Module):
 class ConvStem(nn.Module):
     """Ours, in place of the 4 x 4 patches: two 3 x 3 convolutions of stride 2.
 
-    GELU is between them, LayerNorm at the end. "Early Convolutions Help Transformers See Better"
-    (arXiv 2106.14881) found such stems to train faster and to a better end. Nothing normalizes in
-    between, as LayerNorm there would make pixels of low contrast as strong as those of high.
+    Each is followed by LayerNorm, with GELU between them. "Early Convolutions Help Transformers See
+    Better" (arXiv 2106.14881) found such stems to train faster and to a better end.
 
     Args:
         in_channels: Channels of the image.
@@ -63,7 +62,7 @@ class ConvStem(nn.Module):
 
     def __init__(self, in_channels: int, embed_dims: int) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(in_channels, embed_dims, 3, 2, padding=1)
+        self.conv1 = PatchEmbed(in_channels, embed_dims, 2, overlap=True)
         self.conv2 = PatchEmbed(embed_dims, embed_dims, 2, overlap=True)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -75,8 +74,7 @@ class ConvStem(nn.Module):
         Returns:
             Map of tokens (B, ceil(H / 4), ceil(W / 4), embed_dims).
         """
-        x = self.conv1(pad_map(x, 2).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-        return self.conv2(F.gelu(x))
+        return self.conv2(F.gelu(self.conv1(x)))
 
 
 class DropPath(nn.Module):

@@ -270,7 +270,7 @@ class LaViT(BaseModule):
     def _first_projection(self) -> nn.Conv2d:
         """The convolution that the image meets first."""
         stem = self.patch_embed
-        return stem.conv1 if isinstance(stem, ConvStem) else stem.proj
+        return (stem.conv1 if isinstance(stem, ConvStem) else stem).proj
 
     def _freeze_stages(self) -> None:
         if self.frozen_stages < 0:
@@ -389,7 +389,7 @@ def _centre(kernels: Tensor, dim: tuple[int, ...]) -> None:
 
     Neighbours are alike. Of position kernels that do not sum to 0 the answer is mostly the token
     again, times a random factor for each channel, and outlines are lost in it. GELU leaves channels
-    that are alike, above 0 in the mean: of such stem kernels, a fifth of the answer would be one
+    that are alike, above 0 in the mean: of such stem kernels, a third of the answer would be one
     vector that all tokens share, and attention has little to tell them apart by.
     """
     kernels -= kernels.mean(dim, keepdim=True)

@@ -131,7 +131,7 @@ def check_arch(
             f'the checkpoint is a LaViT {_name(stages)}, the model is a LaViT {_name(ours)}; '
             'set arch to the one of the checkpoint, or load another checkpoint'
         )
-    projection = weights.get('patch_embed.conv1.weight', weights.get(_PATCHES))
+    projection = weights.get('patch_embed.conv1.proj.weight', weights.get(_PATCHES))
     if projection is not None and projection.shape[1] != in_channels:
         raise ValueError(
             f'the checkpoint takes in_channels={projection.shape[1]}, '

@@ -262,7 +262,7 @@ def test_without_any_option_or_a_weight_decay_in_the_config():
 # By hand for nano, whose stages have two layers each: ten depths, of which the patch embedding is
 # the first and the output norms are the last.
 EXPONENTS = {
-    'patch_embed.conv1.weight': 9,
+    'patch_embed.conv1.proj.weight': 9,
     'patch_embed.conv2.norm.bias': 9,
     'stages.0.blocks.0.pos_conv.weight': 8,
     'stages.0.blocks.0.attn.qkv.bias': 8,

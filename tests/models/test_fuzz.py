@@ -23,7 +23,7 @@ from torch import Tensor
 
 from mmlavit import LaViT
 from mmlavit.models.block import ConvStem, PatchEmbed
-from mmlavit.models.windows import WindowGrid, pad_map
+from mmlavit.models.windows import WindowGrid
 from mmlavit.ops import inference
 from mmlavit.ops.pieces import Slab, cut_into_slabs
 
@@ -406,8 +406,7 @@ def overlap_below_and_right(embed: PatchEmbed, x: Tensor) -> Tensor:
 
 
 def stem_without_gelu(stem: ConvStem, x: Tensor) -> Tensor:
-    x = stem.conv1(pad_map(x, 2).permute(0, 3, 1, 2))
-    return stem.conv2(x.permute(0, 2, 3, 1))
+    return stem.conv2(stem.conv1(x))
 
 
 FAULTS = {

@@ -564,7 +564,7 @@ def test_says_that_another_kind_of_backbone_is_none(strict):
     'lost',
     [
         'patch_embed.proj.weight',
-        'patch_embed.conv1.weight',
+        'patch_embed.conv1.proj.weight',
         'patch_embed.conv2.norm.bias',
         'stages.1.blocks.0.norm1.weight',
         'stages.1.downsample.proj.weight',

@@ -235,7 +235,7 @@ def test_gradients(layout, with_cp):
     (extractor(neck(backbone(images)), rois.float()) * target.float()).sum().backward()
     wanted = extractor(double_neck(double(images.double().contiguous())), rois)
     (wanted * target).sum().backward()
-    for name in ('patch_embed.conv1.weight', 'stages.1.blocks.1.attn.psi', 'norm3.weight'):
+    for name in ('patch_embed.conv1.proj.weight', 'stages.1.blocks.1.attn.psi', 'norm3.weight'):
         got, expected = backbone.get_parameter(name).grad, double.get_parameter(name).grad
         error = (got - expected).norm() / expected.norm()
         assert error < 1e-4, (name, float(error))
