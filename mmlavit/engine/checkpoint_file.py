@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import re
 import zipfile
@@ -17,11 +18,13 @@ from mmengine.runner import CheckpointLoader
 from mmengine.runner import checkpoint as mmengine_checkpoint
 
 from ..errors import MMLaViTError
+from .safetensors_file import SUFFIX, load_safetensors
 
 # By its first bytes: a file that is no checkpoint, and what to do about it.
 _OTHER_FILES = {
     r'(?i)\s*<(!doctype|html|\?xml)': 'is a web page saved in its place; download it again',
     r'version https://git-lfs': "is a Git LFS pointer; run 'git lfs pull' where it comes from",
+    r'(?s).{8}\{\s*"': f'is a safetensors file; its name must end in {SUFFIX}',
 }
 _KEY = re.compile(r'(.*?)(patch_embed\.(?:proj|conv1)|stages\.\d+\.blocks)\.')
 
@@ -39,14 +42,15 @@ def read_checkpoint(path: str | Path, map_location: Any = 'cpu') -> dict:
     a file is loaded whole, and has to come from a source that you trust.
 
     Args:
-        path: The file.
-        map_location: As in :func:`torch.load`.
+        path: The file. One that ends in ``.safetensors`` is read as such, and can run nothing.
+        map_location: As in :func:`torch.load`; of safetensors a device or None.
 
     Returns:
         What the file holds.
 
     Raises:
         FileNotFoundError: If there is no such file.
+        ImportError: If it is one of safetensors, which is not installed.
         CheckpointError: If the file is no checkpoint, is damaged, or holds anything but weights.
     """
     path = Path(path).expanduser()
@@ -54,6 +58,11 @@ def read_checkpoint(path: str | Path, map_location: Any = 'cpu') -> dict:
         # In MMEngine's words.
         raise FileNotFoundError(f'{path} can not be found.')
     _check_format(path)
+    if path.suffix == SUFFIX:
+        try:
+            return load_safetensors(path, map_location)
+        except ValueError as error:
+            raise CheckpointError(f'checkpoint {path}: {error}; copy it again') from error
     try:
         with _types_of_mmengine():
             # By not saying weights_only, torch's own environment variables keep their meaning.
@@ -86,7 +95,11 @@ def _check_format(path: Path) -> None:
         head = file.read(64)
     if not head:
         raise CheckpointError(f'checkpoint {path} is empty; copy it again, or take an older one')
-    if head.startswith(b'PK'):
+    if path.suffix == SUFFIX:
+        # The length of what describes the tensors, which is JSON.
+        if head[8:9] == b'{':
+            return
+    elif head.startswith(b'PK'):
         if not zipfile.is_zipfile(path):
             raise CheckpointError(
                 f'checkpoint {path} is damaged or incomplete: its end is missing; copy it again, '
@@ -94,15 +107,18 @@ def _check_format(path: Path) -> None:
             )
         return
     # The older format is a bare pickle.
-    if head.startswith(b'\x80'):
+    elif head.startswith(b'\x80'):
         return
     text = head.decode('latin-1')
     for pattern, words in _OTHER_FILES.items():
         if re.match(pattern, text):
             raise CheckpointError(f'checkpoint {path} {words}')
+    kind, writers = 'PyTorch', 'torch.save or MMEngine'
+    if path.suffix == SUFFIX:
+        kind, writers = 'safetensors', 'tools/publish_model.py or safetensors'
     raise CheckpointError(
-        f'checkpoint {path} is no file of PyTorch: it starts with {head[:16]!r}; it must be what '
-        'torch.save or MMEngine wrote'
+        f'checkpoint {path} is no file of {kind}: it starts with {head[:16]!r}; it must be what '
+        f'{writers} wrote'
     )
 
 
@@ -136,10 +152,16 @@ def read_weights(path: str, map_location: Any = 'cpu') -> Mapping[str, Any]:
         FileNotFoundError: If there is no such file.
         CheckpointError: See :func:`read_checkpoint`; or it holds no state dict.
     """
+    return _weights_of(_load(path, map_location), path)
+
+
+def _load(path: str, map_location: Any) -> dict:
     if '://' in path:
-        checkpoint = CheckpointLoader.load_checkpoint(path, map_location)
-    else:
-        checkpoint = read_checkpoint(path, map_location)
+        return CheckpointLoader.load_checkpoint(path, map_location)
+    return read_checkpoint(path, map_location)
+
+
+def _weights_of(checkpoint: dict, path: str) -> Mapping[str, Any]:
     weights = checkpoint.get('state_dict', checkpoint)
     if not isinstance(weights, Mapping):
         raise CheckpointError(
@@ -148,7 +170,7 @@ def read_weights(path: str, map_location: Any = 'cpu') -> Mapping[str, Any]:
     return weights
 
 
-def check_pretrained(path: str, prefix: str | None, map_location: Any = 'cpu') -> None:
+def check_pretrained(path: str, prefix: str | None, map_location: Any = 'cpu') -> str | None:
     """See that MMEngine's ``Pretrained`` can load a checkpoint, before it does.
 
     Args:
@@ -156,16 +178,24 @@ def check_pretrained(path: str, prefix: str | None, map_location: Any = 'cpu') -
         prefix: What the names of the wanted weights start with; None for nothing.
         map_location: As in :func:`torch.load`.
 
+    Returns:
+        The prefix that they do start with: as wanted, but None if the file says of itself that it
+        is a published backbone and nothing else.
+
     Raises:
         FileNotFoundError: If there is no such file.
         CheckpointError: See :func:`read_weights`; or no weight has that prefix.
     """
-    weights = read_weights(path, map_location)
+    checkpoint = _load(path, map_location)
+    weights = _weights_of(checkpoint, path)
     if prefix is None:
-        return
+        return None
     wanted = prefix if prefix.endswith('.') else f'{prefix}.'
     if any(name.startswith(wanted) for name in weights):
-        return
+        return prefix
+    meta = checkpoint.get('meta')
+    if isinstance(meta, Mapping) and meta.get('part') == wanted.rstrip('.'):
+        return None
     found = sorted({match[1] for name in weights if (match := _KEY.match(name))})
     if found:
         remedy = f'a LaViT is there under {found[0]!r}: set init_cfg.prefix={found[0] or None!r}'
@@ -179,6 +209,18 @@ def load_from_file(filename: str, map_location: Any = None) -> dict:
     return read_checkpoint(filename, map_location)
 
 
+def load_from_safetensors(filename: str, map_location: Any = None) -> dict:
+    """The same, for files that end in ``.safetensors``."""
+    return read_checkpoint(filename, map_location)
+
+
+def register_safetensors() -> None:
+    """Let MMEngine, and with it the toolboxes, load local safetensors files as checkpoints."""
+    # MMEngine takes what it calls a prefix for a pattern.
+    local = rf'(?!\w+://).*{re.escape(SUFFIX)}$'
+    CheckpointLoader.register_scheme(local, load_from_safetensors, force=True)
+
+
 def guard_checkpoints() -> None:
     """Make MMEngine load every local checkpoint of this process by :func:`read_checkpoint`.
 
@@ -186,3 +228,38 @@ def guard_checkpoints() -> None:
     with it.
     """
     CheckpointLoader.register_scheme('', loader=load_from_file, force=True)
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file that bears its name only when all of it is on the disk.
+
+    Args:
+        path: Where to; folders that are missing are made. Until it is whole the content is in a
+            file beside it, with ``.tmp`` added to the name, and what was there stays.
+        content: What is in it.
+
+    Raises:
+        OSError: If it cannot be written, as when the disk is full.
+    """
+    temporary = path.with_name(f'{path.name}.tmp')
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with open(temporary, 'wb') as sink:
+            sink.write(content)
+            sink.flush()
+            os.fsync(sink.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    _sync_folder(path.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Put a folder's list of names on the disk, where the system can."""
+    if hasattr(os, 'O_DIRECTORY'):
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

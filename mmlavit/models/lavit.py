@@ -125,7 +125,8 @@ class LaViT(BaseModule):
             prefix='backbone.')`` loads the backbone of a classifier, detector or segmentor; weights
             made for other ``window_sizes`` are resized. These type and prefix are what a dict
             without a ``type`` gets, so ``--cfg-options model.backbone.init_cfg.checkpoint=...`` is
-            enough on a command line. Defaults to None.
+            enough on a command line. A backbone that was published alone loads with and without
+            that prefix. Defaults to None.
 
     Raises:
         TypeError: If an argument is of the wrong type.
@@ -232,7 +233,11 @@ class LaViT(BaseModule):
             from ..engine.checkpoint_file import check_pretrained
 
             for cfg in cfgs:
-                check_pretrained(cfg['checkpoint'], cfg.get('prefix'))
+                path, wanted = cfg['checkpoint'], cfg.get('prefix')
+                prefix = check_pretrained(path, wanted)
+                if prefix != wanted:
+                    say(f'LaViT: {path} is a backbone alone; its weights have no prefix {wanted!r}')
+                    cfg['prefix'] = prefix
         super().init_weights()
 
     def _reset_parameters(self) -> None:

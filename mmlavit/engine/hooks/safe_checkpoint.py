@@ -7,7 +7,6 @@ ones go.
 
 from __future__ import annotations
 
-import os
 import re
 import zipfile
 from pathlib import Path
@@ -18,7 +17,7 @@ from mmengine.hooks import CheckpointHook
 from mmengine.registry import HOOKS
 from mmengine.runner import IterBasedTrainLoop, Runner, find_latest_checkpoint
 
-from ..checkpoint_file import CheckpointError, read_checkpoint
+from ..checkpoint_file import CheckpointError, read_checkpoint, write_whole
 
 _BACKEND = 'mmlavit_safe_local'
 # In the message hub, which MMEngine saves and restores. What starts with val is logged as a metric.
@@ -43,24 +42,12 @@ class SafeLocalBackend(LocalBackend):
         Raises:
             CheckpointError: If it cannot be written, as when the disk is full.
         """
-        path = Path(filepath)
-        temporary = path.with_name(f'{path.name}.tmp')
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                with open(temporary, 'wb') as sink:
-                    sink.write(obj)
-                    sink.flush()
-                    os.fsync(sink.fileno())
-                os.replace(temporary, path)
-            except BaseException:
-                temporary.unlink(missing_ok=True)
-                raise
-            _sync_folder(path.parent)
+            write_whole(Path(filepath), obj)
         except OSError as error:
             raise CheckpointError(
-                f'cannot write {path}: {error.strerror}; it takes {len(obj) / 2**20:.1f} MiB. What '
-                'was saved before is untouched; make room and go on with --resume'
+                f'cannot write {filepath}: {error.strerror}; it takes {len(obj) / 2**20:.1f} MiB. '
+                'What was saved before is untouched; make room and go on with --resume'
             ) from error
 
     def remove(self, filepath: str | Path) -> None:
@@ -302,13 +289,3 @@ def _owes_validation(runner: Runner) -> bool:
 
 def _is_remote(path: object) -> bool:
     return path is not None and re.match(r'[\w+-]+:(//|s3:)|s3:', str(path)) is not None
-
-
-def _sync_folder(folder: Path) -> None:
-    """Put a folder's list of names on the disk, where the system can."""
-    if hasattr(os, 'O_DIRECTORY'):
-        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
