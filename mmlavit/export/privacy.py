@@ -19,7 +19,7 @@ OF_ONE_RUN = ('work_dir', 'load_from', 'resume')
 #: Names of accounts and machines that tell nothing.
 COMMON_NAMES = frozenset(
     ('root', 'user', 'users', 'admin', 'ubuntu', 'debian', 'docker', 'runner')
-    + ('home', 'host', 'localhost', 'node', 'server', 'work')
+    + ('data', 'home', 'host', 'localhost', 'node', 'server', 'work')
 )
 # Settings whose texts are no paths, whatever they look like ('/m/011k07' is a class of OpenImages).
 _LABELS = {'classes', 'CLASSES', 'palette', 'PALETTE'}
@@ -35,7 +35,8 @@ _URL = re.compile(r'(\w[\w+.-]*)://')
 _PUBLIC_URLS = {'http', 'https', 'torchvision', 'open-mmlab', 'openmmlab', 'mmcls', 'modelzoo'}
 _ADDRESS = re.compile(r'\b\d{1,3}(?:\.\d{1,3}){3}\b|(?<=\bhttp://)[\w-]+(?![\w.-])')
 _SECRET = re.compile(r'(?:.*_)?(?:api_?key|access_?key|auth_token|password|secret)', re.IGNORECASE)
-_HOME = re.compile(r'(?:/home/|[\\/]Users[\\/]+)([^/\\\s\'"]+)')
+# At the start of a path; 'work/home/x' is a folder of somebody's.
+_HOME = re.compile(r'(?<![\w.~/-])(?:/home/|/Users/|[A-Za-z]:[\\/]+Users[\\/]+)([^/\\\s\'"]+)')
 
 
 class PrivacyError(MMLaViTError, ValueError):

@@ -173,7 +173,7 @@ def write(folder: str | Path, files: Mapping[str, bytes]) -> list[Path]:
     try:
         for path, content in paths.items():
             if path.exists() and not (path.is_file() and path.read_bytes() == content):
-                raise FileExistsError(f'{path} is there already, and is another; move it away')
+                raise FileExistsError(f'{path} is there already, with other content; move it away')
         for path, content in paths.items():
             if not path.exists():
                 write_whole(path, content)
