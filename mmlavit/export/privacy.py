@@ -25,7 +25,9 @@ COMMON_NAMES = frozenset(
 _LABELS = {'classes', 'CLASSES', 'palette', 'PALETTE'}
 # Settings whose folders tell nothing: what they name is not there for others.
 _WEIGHTS = {'checkpoint', 'pretrained'}
-_ABSOLUTE = re.compile(r'/[^/\s]|~\w*[/\\]|[A-Za-z]:[\\/]|\\\\\w')
+# Where results go; None is what each of them is by default.
+_OUTPUTS = {'out_dir', 'save_dir', 'work_dir', 'outfile_prefix'}
+_ABSOLUTE = re.compile(r'/[^/\s]|~\w*[/\\]|[A-Za-z]:[\\/]|\\\\[\w.$-]+\\')
 # Within another text: two folders at least, a drive of Windows, or a URL of a local file.
 _INSIDE = re.compile(
     r"""(?<![\w.~/])(?:~|[A-Za-z]:)?/[^\s/'",;:]+/[^\s'",;:]*"""
@@ -107,8 +109,8 @@ class Privacy:
         """Make a config fit to be published.
 
         Paths below an absolute ``data_root`` become ``data/NAME/...``; of checkpoints and of other
-        absolute paths the last part is left. Of URLs only user and password are taken out. The
-        config is read, never run.
+        absolute paths the last part is left, of folders for results nothing. Of URLs only user and
+        password are taken out. The config is read, never run.
 
         Args:
             text: The config as MMEngine writes it (``Config.pretty_text``).
@@ -141,6 +143,10 @@ class Privacy:
                     changes.append(Change(target, before, None))
                 continue
             for setting, before, node in _texts(statement):
+                if setting in _OUTPUTS and _ABSOLUTE.match(before):
+                    source.replace(node, 'None')
+                    changes.append(Change(setting, before, None))
+                    continue
                 after = _relative(before, setting, roots)
                 if before and _SECRET.fullmatch(setting):
                     raise PrivacyError(

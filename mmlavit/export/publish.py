@@ -68,7 +68,7 @@ class Release:
         Returns:
             A checkpoint of PyTorch and one of safetensors. Both are called
             ``NAME_DATE-HASH``, as OpenMMLab's: the day that the weights are from, and the first
-            eight digits of the file's own SHA-256. The same model gives the same files.
+            eight digits of the file's own SHA-256. The same checkpoint gives the same files.
         """
         buffer = io.BytesIO()
         torch.save(self.checkpoint, buffer)
