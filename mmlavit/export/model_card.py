@@ -267,7 +267,8 @@ def read_literals(config: str) -> dict[str, Any]:
             parts = {} if not node.args else value(node.args[0]) or {}
             return {**parts, **{k.arg: value(k.value) for k in node.keywords if k.arg}}
         if isinstance(node, ast.Dict):
-            return {value(k): value(v) for k, v in zip(node.keys, node.values, strict=True)}
+            items = zip(node.keys, node.values, strict=True)
+            return {value(k): value(v) for k, v in items if k is not None}
         if isinstance(node, ast.List | ast.Tuple):
             return [value(element) for element in node.elts]
         try:

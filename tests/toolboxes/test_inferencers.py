@@ -34,6 +34,8 @@ from torch import Tensor
 
 from mmlavit import LaViT
 from mmlavit.datasets.shapes import CLASSES, ShapesRecipe, make_shapes
+from mmlavit.export.privacy import Privacy
+from mmlavit.export.publish import prepare, write
 
 CONFIGS = Path(__file__).resolve().parents[2] / 'configs'
 INFERENCERS = {
@@ -310,6 +312,55 @@ def test_the_checkpoint_alone_is_enough(scope, checkpoints, folder, pictures):
     ]
     assert names(users[0]) == names(users[1])
     assert_same(*(predict(user, pictures[1]) for user in users))
+
+
+# ---- What is published ---------------------------------------------------------------------------
+
+
+@pytest.fixture(scope='module')
+def published(checkpoints, folder):
+    """A function that gives a toolbox's checkpoint as it is published: by suffix, its files."""
+
+    @functools.cache
+    def make(scope: str, half: bool = False) -> dict[str, Path]:
+        release = prepare(checkpoints(scope), half=half, privacy=Privacy())
+        paths = write(folder / 'published' / scope, release.files())
+        return {path.suffix: path for path in paths}
+
+    return make
+
+
+@pytest.mark.parametrize('suffix', ['.pth', '.safetensors'])
+def test_published_weights_say_the_same(user, published, pictures, suffix):
+    """With a config beside them; for mmdet and mmseg they are enough alone, as a checkpoint is."""
+    file = str(published(user.scope)[suffix])
+    configs = [str(user.config)] + [None] * (user.scope != 'mmpretrain')
+    for config in configs:
+        inferencer = INFERENCERS[user.scope](config, file, device='cpu')
+        other = SimpleNamespace(scope=user.scope, inferencer=inferencer)
+        assert names(other) == names(user)
+        assert_same(predict(other, pictures), predict(user, pictures))
+    if user.scope != 'mmpretrain':
+        assert user.inferencer.model.dataset_meta == inferencer.model.dataset_meta
+
+
+@pytest.mark.parametrize('suffix', ['.pth', '.safetensors'])
+def test_published_weights_of_half_precision(user, published, checkpoints, pictures, suffix):
+    """They say what the model says with its weights rounded by hand."""
+    cfg = Config.fromfile(user.config)
+    model = load(cfg, checkpoints(user.scope))
+    rounded = {
+        name: weight.half().to(weight) if weight.is_floating_point() else weight
+        for name, weight in model.state_dict().items()
+    }
+    assert any(not torch.equal(rounded[name], w) for name, w in model.state_dict().items())
+    model.load_state_dict(rounded)
+    file = str(published(user.scope, half=True)[suffix])
+    inferencer = INFERENCERS[user.scope](str(user.config), file, device='cpu')
+    assert {p.dtype for p in inferencer.model.parameters()} == {torch.float32}
+    other = SimpleNamespace(scope=user.scope, inferencer=inferencer)
+    path = pictures[0]
+    assert_same(predict(other, path), [direct(cfg, model, cv2.imread(path))])
 
 
 # ---- In a process of its own ---------------------------------------------------------------------

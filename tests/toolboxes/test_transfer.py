@@ -25,6 +25,8 @@ from torch import Tensor
 
 from mmlavit import LaViT
 from mmlavit.datasets.shapes import ShapesRecipe, make_shapes
+from mmlavit.export.privacy import Privacy
+from mmlavit.export.publish import prepare, write
 from mmlavit.models.state_dict import resize_window_weight
 
 CONFIGS = Path(__file__).resolve().parents[2] / 'configs'
@@ -258,6 +260,67 @@ def test_a_detectors_backbone_serves_a_segmentor(pretrained, tmp_path, log):
     assert theirs.keys() == ours.keys()
     assert all(torch.equal(theirs[name], ours[name]) for name in ours)
     assert missing_keys(log) == set()
+
+
+# ---- What is published ---------------------------------------------------------------------------
+
+
+@pytest.fixture(scope='session')
+def published(pretrained, tmp_path_factory):
+    """A function that publishes the smallest classifier: by suffix, its files."""
+
+    @functools.cache
+    def make(backbone: bool) -> dict[str, Path]:
+        release = prepare(
+            pretrained('n').path, backbone=backbone, name='lavit_n', privacy=Privacy()
+        )
+        paths = write(tmp_path_factory.mktemp('published'), release.files())
+        return {path.suffix: path for path in paths}
+
+    return make
+
+
+@pytest.mark.parametrize('suffix', ['.pth', '.safetensors'])
+@pytest.mark.parametrize('backbone', [True, False], ids=['backbone', 'classifier'])
+@pytest.mark.parametrize('file', NANO, ids=lambda file: file.stem)
+def test_published_weights_arrive(file, backbone, suffix, published, pretrained, log):
+    """With the one option alone, whether the file is of the backbone or of the classifier."""
+    path = published(backbone)[suffix]
+    model = build(with_options(file, checkpoint_option(path)))
+    start = snapshot(model.backbone)
+    log.clear()
+    model.init_weights()
+    assert_arrived(model.backbone, start, pretrained('n').model.backbone)
+    assert missing_keys(log) == own_norms(model.backbone)
+    told = [line for line in log if 'a backbone alone' in line]
+    assert len(told) == backbone and all(str(path) in line for line in told)
+
+
+@pytest.mark.parametrize('suffix', ['.pth', '.safetensors'])
+@pytest.mark.parametrize(
+    'options',
+    [{}, dict(type='Pretrained'), dict(type='Pretrained', prefix=None)]
+    + [dict(type='Pretrained', prefix=prefix) for prefix in ('backbone.', 'backbone')]
+    + [dict(type=PretrainedInit, prefix='backbone.'), dict(prefix=None)],
+)
+def test_a_published_backbone_needs_no_prefix_and_takes_one(options, suffix, published, pretrained):
+    path = str(published(True)[suffix])
+    model = LaViT(
+        'nano',
+        window_sizes=pretrained('n').model.backbone.window_sizes,
+        out_indices=(3,),
+        init_cfg=dict(checkpoint=path, **options),
+    )
+    model.init_weights()
+    theirs = pretrained('n').model.backbone.state_dict()
+    assert all(torch.equal(t, theirs[name]) for name, t in model.state_dict().items())
+
+
+@pytest.mark.parametrize('prefix', ['trunk.', 'backbone.0.'])
+def test_a_published_backbone_is_under_no_other_prefix(prefix, published):
+    init_cfg = dict(checkpoint=str(published(True)['.pth']), prefix=prefix)
+    with pytest.raises(ValueError, match='init_cfg.prefix=None'):
+        LaViT('nano', init_cfg=init_cfg).init_weights()
 
 
 # ---- What does not fit ---------------------------------------------------------------------------
