@@ -28,6 +28,7 @@ REPOSITORY_TOOLS = (
     'architecture_figures.py',
     'experiments.py',
     'start_figure.py',
+    'model_zoo.py',
 )
 
 # The maintained continuation. Tried together, in this order, with torch 2.13: 0.10.12, 2.3.6,
@@ -39,6 +40,7 @@ ONEDL = [
     'onedl-mmsegmentation>=1.3,<2',
     'onedl-mmpretrain>=1.3,<2',
     'torchvision',  # mmpretrain imports it without declaring it
+    'safetensors',  # published weights
 ]
 
 # The original names. Tried together, in this order, with torch 2.1.2: 0.10.7, 2.1.0, 3.3.0, 1.2.2,
@@ -50,6 +52,7 @@ OPENMMLAB = [
     'mmsegmentation>=1.2.2,<2',
     'mmpretrain>=1.2,<2',
     'torchvision',
+    'safetensors',
     'numpy<2',
     'ftfy',  # mmseg imports these two without declaring them
     'regex',

@@ -43,6 +43,7 @@ def documents(root: Path) -> list[Path]:
     """Every Markdown file that is documentation."""
     top = [root / name for name in ('README.md', 'CONTRIBUTING.md', 'CHANGELOG.md')]
     files = [*top, root / 'configs' / 'README.md', *(root / 'docs').rglob('*.md')]
+    files += (root / 'checkpoints').glob('*.md')
     return sorted(file for file in files if file.exists() and '_build' not in file.parts)
 
 

@@ -1,1 +1,1 @@
-"""Models for other runtimes."""
+"""Models for others: released weights with their cards, and files for other runtimes."""

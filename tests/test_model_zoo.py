@@ -1,0 +1,284 @@
+"""The weights in checkpoints/: that they are what their index says, and reach its figures.
+
+The folder may be empty. So that the checks themselves are seen to work, they are also run on a
+small zoo that is trained, tested and published here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import yaml
+from helpers import ROOT, assert_ran, run_tool
+from mmengine.config import Config
+from modelindex import load_model_index
+
+from mmlavit.datasets.shapes import ShapesRecipe, make_shapes
+
+# By the kind of a checkpoint: the toolbox, and its task in the index.
+KINDS = {
+    'classifier': 'Image Classification',
+    'detector': 'Object Detection',
+    'segmentor': 'Semantic Segmentation',
+}
+# Other processors, and half precision in another version of torch, round otherwise.
+SHARE, DIFFERENCE = 5e-3, 1e-3
+
+
+def models(repository: Path) -> list[dict]:
+    text = (repository / 'checkpoints' / 'metafile.yml').read_text(encoding='utf-8')
+    return yaml.safe_load(text)['Models']
+
+
+def kind_of(entry: dict) -> str | None:
+    """None for a backbone alone, which has no figures of its own."""
+    tasks = {result['Task'] for result in entry.get('Results', [])}
+    return next((kind for kind, task in KINDS.items() if task in tasks), None)
+
+
+# ---- Checks --------------------------------------------------------------------------------------
+
+
+def faults(repository: Path) -> list[str]:
+    """What is wrong with the folder, without evaluating anything."""
+    folder, found = repository / 'checkpoints', []
+    entries = models(repository)
+    listed = {entry['Weights'] for entry in entries}
+    for path in sorted(folder.iterdir()):
+        if path.suffix not in ('.pth', '.safetensors'):
+            continue
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        if not path.stem.endswith(f'-{digest[:8]}'):
+            found.append(f'{path.name} is not what its name says')
+        cards = [card for card in folder.glob('*.md') if digest in card.read_text(encoding='utf-8')]
+        if not cards:
+            found.append(f'no card tells of {path.name}')
+        if path.suffix == '.pth' and f'checkpoints/{path.name}' not in listed:
+            found.append(f'{path.name} is not in metafile.yml')
+    for entry in entries:
+        file = repository / entry['Weights']
+        if not file.is_file():
+            found.append(f'{entry["Weights"]} is not there')
+        elif hashlib.sha256(file.read_bytes()).hexdigest() != entry['Metadata']['SHA256']:
+            found.append(f'{file.name} has another SHA-256 than metafile.yml says')
+        if not (repository / entry['Config']).is_file():
+            found.append(f'{entry["Config"]} is not there')
+    return found
+
+
+def files_of(config: Path) -> Iterator[str]:
+    """What the test set of a config needs, as it is named there."""
+    cfg = Config.fromfile(config)
+    dataset = cfg.test_dataloader.dataset
+    while 'dataset' in dataset:
+        dataset = dataset.dataset
+    root = dataset.get('data_root') or ''
+    prefix = dataset.get('data_prefix') or ''
+    for part in [*(prefix.values() if isinstance(prefix, dict) else [prefix]), '']:
+        yield os.path.join(root, part)
+    if dataset.get('ann_file'):
+        yield os.path.join(root, dataset.ann_file)
+
+
+def data_for(config: Path, folders: dict[str, Path | None], tmp_path: Path) -> Path:
+    """A folder from which the config finds its data, or the test is skipped."""
+    needed = list(files_of(config))
+    for folder in folders.values():
+        if folder is None:
+            continue
+        start = tmp_path / folder.parent.name / folder.name
+        start.mkdir(parents=True)
+        (start / 'data').symlink_to(folder)
+        if all((start / name).exists() for name in needed):
+            return start
+    pytest.skip(f'{config.name} needs {needed[-1]}, looked for in {", ".join(folders)}')
+
+
+def evaluate(entry: dict, repository: Path, start: Path) -> dict[str, float]:
+    """The figures of an entry's weights, by tools/test.py."""
+    work_dir = start / entry['Name']
+    config, weights = repository / entry['Config'], repository / entry['Weights']
+    assert_ran(run_tool('test.py', config, weights, '--work-dir', work_dir, cwd=start))
+    (log,) = work_dir.glob('*/2*.json')
+    return json.loads(log.read_text(encoding='utf-8'))
+
+
+def differences(entry: dict, found: dict[str, float]) -> list[str]:
+    """Figures of the index that are not what was found."""
+    return [
+        f'{name} is {found.get(name)}, and {value} by metafile.yml'
+        for result in entry['Results']
+        for name, value in result['Metrics'].items()
+        if found.get(name) != pytest.approx(value, rel=SHARE, abs=DIFFERENCE)
+    ]
+
+
+def folders() -> dict[str, Path | None]:
+    elsewhere = os.environ.get('MMLAVIT_DATA')
+    return {'data/': ROOT / 'data', 'MMLAVIT_DATA': Path(elsewhere) if elsewhere else None}
+
+
+# ---- What is kept --------------------------------------------------------------------------------
+
+
+def test_the_folder_is_what_its_index_says():
+    assert faults(ROOT) == []
+    index = load_model_index.load(str(ROOT / 'checkpoints' / 'metafile.yml'))
+    index.build_models_with_collections()
+    assert index.check(silent=True) == []
+    assert all(entry['Metadata']['Trained'] is True for entry in models(ROOT))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('kind', KINDS)
+def test_kept_checkpoints_reach_their_figures(kind, tmp_path):
+    entries = [entry for entry in models(ROOT) if kind_of(entry) == kind]
+    if not entries:
+        pytest.skip(f'checkpoints/ has no {kind}')
+    found = []
+    for entry in entries:
+        start = data_for(ROOT / entry['Config'], folders(), tmp_path / entry['Name'])
+        found += differences(entry, evaluate(entry, ROOT, start))
+    assert found == []
+
+
+# ---- The page ------------------------------------------------------------------------------------
+
+
+def tool() -> SimpleNamespace:
+    spec = importlib.util.spec_from_file_location('model_zoo', ROOT / 'tools' / 'model_zoo.py')
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_page_lists_what_the_index_does():
+    page = (ROOT / 'docs' / 'model_zoo.md').read_text(encoding='utf-8')
+    assert tool().fill_in(page, models(ROOT)) == page
+    assert all(f'| `{entry["Name"]}` |' in page for entry in models(ROOT))
+
+
+def test_the_page_says_first_what_is_trained():
+    """Every config of the paper's models is untrained, as configs/metafile.yml says."""
+    first = (ROOT / 'docs' / 'model_zoo.md').read_text(encoding='utf-8').split('\n\n')[1]
+    untrained = yaml.safe_load((ROOT / 'configs' / 'metafile.yml').read_text())['Models']
+    assert not any(entry['Metadata']['Trained'] for entry in untrained)
+    assert 'Not trained' in first
+    for entry in untrained:
+        assert entry['Metadata']['Training Data'] in first
+    assert ('nothing yet' in first) == (not models(ROOT))
+
+
+@pytest.mark.parametrize('text', ['', '<!-- models -->', '<!-- models -->\n' * 2])
+def test_a_page_without_its_marks(text):
+    with pytest.raises(ValueError, match='once each'):
+        tool().fill_in(text, [])
+
+
+# ---- On a small zoo ------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope='module')
+def zoo(tmp_path_factory) -> Path:
+    """A repository with a classifier in its zoo: trained, tested, published, entered."""
+    root = tmp_path_factory.mktemp('zoo')
+    make_shapes(
+        root / 'data' / 'shapes', ShapesRecipe(num_train=4, num_val=16, size=64), progress=False
+    )
+    (root / 'configs').mkdir()
+    config = root / 'configs' / 'tiny.py'
+    config.write_text(f"""
+_base_ = {str(ROOT / 'configs' / 'lavit_n_shapes.py')!r}
+train_dataloader = dict(batch_size=4, num_workers=0, persistent_workers=False)
+val_dataloader = dict(num_workers=0, persistent_workers=False)
+test_dataloader = val_dataloader
+train_cfg = dict(max_epochs=1)
+default_hooks = dict(checkpoint=dict(save_best=None))
+""")
+    assert_ran(run_tool('train.py', config, '--work-dir', 'run', cwd=root))
+    publish = ('publish_model.py', 'run/epoch_1.pth', 'checkpoints', '--half', '--data', 'shapes')
+    assert_ran(run_tool(*publish, cwd=root))
+    (weights,) = (root / 'checkpoints').glob('*.pth')
+    # The figures are of the published file.
+    assert_ran(run_tool('test.py', config, weights, '--work-dir', 'test', cwd=root))
+    (log,) = (root / 'test').glob('*/2*.json')
+    weights.with_suffix('.md').unlink()
+    published = run_tool(*publish, '--test-log', log, cwd=root)
+    assert_ran(published)
+    entries = yaml.safe_load(published.stdout.partition('metafile.yml:\n')[2])
+    (root / 'checkpoints' / 'metafile.yml').write_text(yaml.safe_dump(dict(Models=entries)))
+    return root
+
+
+@pytest.mark.slow
+def test_a_model_that_is_what_its_entry_says(zoo, tmp_path):
+    assert faults(zoo) == []
+    (entry,) = models(zoo)
+    assert kind_of(entry) == 'classifier'
+    start = data_for(zoo / entry['Config'], {'here': zoo / 'data'}, tmp_path)
+    found = evaluate(entry, zoo, start)
+    assert differences(entry, found) == []
+    for value in (found['accuracy/top1'] + 1, found['accuracy/top1'] - 1):
+        entry['Results'][0]['Metrics'] = {'accuracy/top1': value}
+        assert len(differences(entry, found)) == 1
+    entry['Results'][0]['Metrics'] = {'another': 1.0}
+    assert len(differences(entry, found)) == 1
+
+
+@pytest.mark.slow
+def test_data_that_is_not_there(zoo, tmp_path):
+    config = zoo / 'configs' / 'tiny.py'
+    (tmp_path / 'empty').mkdir()
+    with pytest.raises(pytest.skip.Exception, match='tiny.py needs data/shapes/imagenet.*nowhere'):
+        data_for(config, {'nowhere': tmp_path / 'empty', 'MMLAVIT_DATA': None}, tmp_path)
+
+
+@pytest.mark.slow
+def test_faults_are_found(zoo):
+    (weights,) = (zoo / 'checkpoints').glob('*.pth')
+    other = weights.with_name('other_20260101-00000000.pth')
+    other.write_bytes(b'1')
+    assert faults(zoo) == [
+        f'{other.name} is not what its name says',
+        f'no card tells of {other.name}',
+        f'{other.name} is not in metafile.yml',
+    ]
+    other.unlink()
+    index = zoo / 'checkpoints' / 'metafile.yml'
+    before = index.read_text()
+    (entry,) = models(zoo)
+    entry['Metadata']['SHA256'] = '0' * 64
+    gone = dict(entry, Config='configs/gone.py', Weights='checkpoints/gone.pth')
+    index.write_text(yaml.safe_dump(dict(Models=[entry, gone])))
+    assert faults(zoo) == [
+        f'{weights.name} has another SHA-256 than metafile.yml says',
+        'checkpoints/gone.pth is not there',
+        'configs/gone.py is not there',
+    ]
+    index.write_text(before)
+    assert faults(zoo) == []
+
+
+@pytest.mark.slow
+def test_the_table_of_a_small_zoo(zoo):
+    (entry,) = models(zoo)
+    page = tool().fill_in('a\n<!-- models -->\nold\n<!-- end of models -->\nb\n', [entry])
+    (line,) = (line for line in page.splitlines() if entry['Name'] in line)
+    cells = [cell.strip() for cell in line.strip('|').split('|')]
+    accuracy = entry['Results'][0]['Metrics']['accuracy/top1']
+    assert cells[:4] == [
+        '`tiny-half`',
+        'Image Classification',
+        'shapes (licence not stated)',
+        f'accuracy/top1 {accuracy}',
+    ]
+    assert cells[5] == 'float16' and cells[7] == f'`{entry["Weights"]}`'
+    assert page.startswith('a\n') and page.endswith('\nb\n') and 'old' not in page
+    assert tool().fill_in(page, [entry]) == page
