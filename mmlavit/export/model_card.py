@@ -6,7 +6,7 @@ import ast
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -52,8 +52,8 @@ class Facts:
     data_licence: str = ''
     command: str = ''
     hardware: str = ''
-    metrics: Mapping[str, float] = field(default_factory=dict)
-    validation: Mapping[str, float] = field(default_factory=dict)
+    metrics: Mapping[str, float] | None = None
+    validation: Mapping[str, float] | None = None
     validated_at: str = ''
     seconds: float | None = None
 
@@ -68,7 +68,7 @@ class Facts:
         """
         for name in ('data', 'data_licence', 'command', 'hardware'):
             privacy.check(getattr(self, name), name)
-        for name in self.metrics:
+        for name in self.metrics or ():
             privacy.check(name, 'the name of a metric')
 
 
@@ -237,11 +237,8 @@ def model_card(release: Release, files: Mapping[str, bytes], facts: Facts) -> st
         'command': f'`{facts.command}`' if facts.command else 'not recorded',
         'time': _time(facts),
         'weights saved': f'{meta["time"][:4]}-{meta["time"][4:6]}-{meta["time"][6:8]}',
-        'versions': ', '.join(
-            f'{name} {meta[key]}'
-            for name, key in (('mmlavit', 'mmlavit_version'), ('MMEngine', 'mmengine_version'))
-            if key in meta
-        ),
+        'trained with': f'MMEngine {meta.get("mmengine_version", "of an unknown version")}',
+        'published with': f'mmlavit {meta["mmlavit_version"]}',
     }
     lines = [f'# {release.name}', '', f'{what}, trained on {trained_on}.', '']
     lines += _table(('file', 'bytes', 'SHA-256'), _file_rows(files))

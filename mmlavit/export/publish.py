@@ -12,8 +12,8 @@ import hashlib
 import io
 import re
 from collections import OrderedDict
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +50,7 @@ class Release:
 
     name: str
     checkpoint: dict[str, Any]
-    changes: list[Change] = field(default_factory=list)
+    changes: Sequence[Change] = ()
 
     @property
     def meta(self) -> dict[str, Any]:
@@ -303,7 +303,10 @@ def _plain(value: Any, where: str, privacy: Privacy) -> Any:
         return {part(key, 'key'): part(item, key) for key, item in value.items()}
     if isinstance(value, tuple):
         return tuple(part(item, i) for i, item in enumerate(value))
-    if isinstance(value, list | set | frozenset):
+    if isinstance(value, set | frozenset):
+        # In an order that does not depend on the process.
+        value = sorted(value, key=repr)
+    if isinstance(value, list):
         return [part(item, i) for i, item in enumerate(value)]
     raise PublishError(
         f'{where} is a {type(value).__name__}, which no reader of the file could load; it must be '

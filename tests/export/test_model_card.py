@@ -124,7 +124,15 @@ def test_files_that_are_no_logs(tmp_path, read, content, words):
 
 def release(file: Path = DETECTOR, **meta: object) -> Release:
     cfg = Config.fromfile(file).pretty_text
-    known = dict(cfg=cfg, name=file.stem, time='20261126_081500', epoch=3, iter=300, **meta)
+    known = dict(
+        cfg=cfg,
+        name=file.stem,
+        time='20261126_081500',
+        epoch=3,
+        iter=300,
+        mmlavit_version='0.1.0',
+        **meta,
+    )
     weights = OrderedDict(a=torch.ones(3, 4), steps=torch.tensor(1))
     return Release(file.stem, dict(meta=known, state_dict=weights))
 

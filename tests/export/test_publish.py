@@ -353,6 +353,7 @@ def test_meta_of_other_types(training, tmp_path):
         label_map={np.int64(0): np.float32(1)},
         path='/mnt/x/y.json',
         nested=[(True, None, torch.tensor([1.5]))],
+        kinds={'b', 'a', 'c'},
     )
     path = changed(training, tmp_path / 'a.pth', meta={**meta, 'dataset_meta': given})
     expected = dict(
@@ -361,6 +362,7 @@ def test_meta_of_other_types(training, tmp_path):
         label_map={0: 1.0},
         path='y.json',
         nested=[(True, None, [1.5])],
+        kinds=['a', 'b', 'c'],
     )
     for file in write(tmp_path / 'out', prepare(path).files()):
         assert repr(load(file)['meta']['dataset_meta']) == repr(expected)
