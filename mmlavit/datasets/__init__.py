@@ -1,1 +1,1 @@
-"""Data sets that are made here."""
+"""Data sets: shapes that are made here, and converters of public ones."""
