@@ -153,6 +153,7 @@ assert ours == {
         'optimizer wrapper constructor', 'mmengine', 'LaViTOptimWrapperConstructor'
     ): mmlavit.LaViTOptimWrapperConstructor,
     ('function', 'mmengine', 'wrap_lavit_blocks'): mmlavit.wrap_lavit_blocks,
+    ('metric', 'mmengine', 'DSB2018Metric'): mmlavit.DSB2018Metric,
 }, ours
 """,
         cwd=tmp_path,

@@ -18,6 +18,7 @@ def register_all() -> bool:
     import_module('.hooks', __name__)
     import_module('.optim', __name__)
     import_module('.checkpoint_file', __name__).register_safetensors()
+    import_module('..evaluation.dsb2018', __name__)
     if not hasattr(mmengine._strategy, 'FSDPStrategy'):
         return False
     import_module('.fsdp_policy', __name__)

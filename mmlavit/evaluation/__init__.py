@@ -1,0 +1,1 @@
+"""Metrics that the toolboxes do not have."""
