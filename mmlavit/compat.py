@@ -10,7 +10,6 @@ import importlib.util
 import pickle
 import sys
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -193,9 +192,9 @@ def serve_config_bases() -> None:
     """
     from mmengine.config import Config
 
-    package = Path(__file__).parent
-    installed = package / '.mim' / 'configs'
-    configs = installed if installed.is_dir() else package.parent / 'configs'
+    from .shipped import folder
+
+    configs = folder('configs')
     find = Config._get_cfg_path
     if hasattr(find, '__wrapped__'):
         return

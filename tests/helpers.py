@@ -36,11 +36,33 @@ def run_tool(
         path: Folders to import from before any other.
         variables: Environment variables to add.
     """
+    return _run([*launcher, ROOT / 'tools' / command, *args], cwd, path, variables)
+
+
+def run_command(
+    *args: object,
+    cwd: Path,
+    launcher: Sequence[str] = (),
+    path: Sequence[Path] = (),
+    **variables: str,
+) -> subprocess.CompletedProcess[str]:
+    """Run ``mmlavit`` in another process, as ``python -m mmlavit``.
+
+    Args:
+        args: Its arguments.
+        cwd, launcher, path, variables: As of :func:`run_tool`.
+    """
+    return _run([*launcher, '-m', 'mmlavit', *args], cwd, path, variables)
+
+
+def _run(
+    command: Sequence[object], cwd: Path, path: Sequence[Path], variables: dict[str, str]
+) -> subprocess.CompletedProcess[str]:
     search = [*map(str, path), str(ROOT)]
     if os.environ.get('PYTHONPATH'):
         search.append(os.environ['PYTHONPATH'])
     process = subprocess.Popen(
-        [sys.executable, *launcher, ROOT / 'tools' / command, *map(str, args)],
+        [sys.executable, *map(str, command)],
         cwd=cwd,
         env={**os.environ, 'PYTHONPATH': os.pathsep.join(search), 'COLUMNS': '100', **variables},
         stdout=subprocess.PIPE,

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 from mmlavit.compat import repair_torchvision
+from mmlavit.shipped import config_path
 
 
 def parse_args() -> argparse.Namespace:
@@ -18,7 +19,7 @@ def parse_args() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add('config', type=Path, help='config of the model')
+    add('config', type=config_path, help='config of the model, or the name of one of ours')
     add('checkpoint', nargs='?', help='its weights; without, as a training starts')
     add('--out', type=Path, required=True, metavar='FILE.onnx', help='the file to write')
     add(

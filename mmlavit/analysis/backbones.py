@@ -16,6 +16,7 @@ from ..engine.checkpoint_file import read_weights
 from ..engine.data_checks import check_data
 from ..engine.launch import read_scope, require_package
 from ..models.state_dict import strip_prefix
+from ..shipped import config_path
 from .loading import AnalysisError, one_line
 
 # mmpretrain's models add the type themselves.
@@ -26,7 +27,7 @@ def read_config(name: str) -> tuple[Config, str]:
     """Read a config.
 
     Args:
-        name: A file, or the name of a config of an installed package, such as
+        name: A file, the name of a config of ours, or that of an installed package, such as
             ``'mmdet::swin/mask-rcnn_swin-t-p4-w7_fpn_1x_coco.py'``.
 
     Returns:
@@ -37,8 +38,8 @@ def read_config(name: str) -> tuple[Config, str]:
         mmlavit.engine.launch.LaunchError: If the file is missing or unreadable, or of another
             scope.
     """
-    path = name
-    if '::' in name:
+    path = str(config_path(name))
+    if '::' in path:
         require_package(name.partition('::')[0])
         try:
             path, _ = Config._get_cfg_path(name, '')

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import linecache
 import re
-import runpy
 import sys
 import traceback
 from importlib.util import find_spec
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import mmlavit
 
 from ..compat import leave_process_group, let_cpus_take_part, repair_torchvision
 from ..errors import MMLaViTError
+from ..shipped import config_path
 from .checkpoint_file import guard_checkpoints
 from .data_checks import check_data
 
@@ -121,7 +122,8 @@ def find_script(name: str, argv: list[str]) -> Path:
     package does not have (mmpretrain alone draws schedules, say) is looked for in the others.
 
     Args:
-        name: ``'train.py'``, ``'test.py'``, or another path in a toolbox's folder ``tools``.
+        name: ``'train.py'``, ``'test.py'``, or another script in a toolbox's folder ``tools``: its
+            path there, or its name alone, with or without ``.py``.
         argv: Arguments of the script.
 
     Returns:
@@ -140,20 +142,33 @@ def find_script(name: str, argv: list[str]) -> Path:
     else:
         package = read_scope(config)
         require_package(package)
-    own = _tools(package) / name
-    if own.is_file():
-        return own
-    if name in ('train.py', 'test.py') or not own.parents[name.count('/')].is_dir():
+    tools = _tools(package)
+    if not tools.is_dir() or (name in ('train.py', 'test.py') and not (tools / name).is_file()):
         raise LaunchError(
-            f'{package} is installed without its tools ({own} is missing); install it with pip '
-            'from its wheel or sdist'
+            f'{package} is installed without its tools ({tools / name} is missing); install it '
+            'with pip from its wheel or sdist'
         )
-    folders = [_tools(p) for p in PACKAGES if is_installed(p)]
-    script = next((folder / name for folder in folders if (folder / name).is_file()), None)
-    if script is None:
-        found = {path.relative_to(f).as_posix() for f in folders for path in f.glob('**/*.py')}
-        raise LaunchError(f'no toolbox has a script {name!r}; they have {sorted(found)}')
-    return script
+    for folder in [tools, *map(_tools, filter(is_installed, PACKAGES))]:
+        if script := _script(folder, name):
+            return script
+    raise LaunchError(f"no toolbox has a script {name!r}; 'mmlavit tool --help' lists them all")
+
+
+def scripts() -> dict[str, list[str]]:
+    """The scripts of the toolboxes that are installed, as paths in their folders, by toolbox."""
+    return {
+        package: sorted(path.relative_to(tools).as_posix() for path in tools.glob('**/*.py'))
+        for package in PACKAGES
+        if is_installed(package) and (tools := _tools(package)).is_dir()
+    }
+
+
+def _script(folder: Path, name: str) -> Path | None:
+    """The script of that path in a folder, or the least deep one that is called so."""
+    if (folder / name).is_file():
+        return folder / name
+    called = [path for path in folder.glob('**/*.py') if name in (path.name, path.stem)]
+    return min(called, key=lambda path: (len(path.parts), path), default=None)
 
 
 def _tools(package: str) -> Path:
@@ -162,12 +177,16 @@ def _tools(package: str) -> Path:
     return Path(spec.origin).parent / '.mim' / 'tools'
 
 
-def main(name: str) -> None:
+def main(name: str, prog: str | None = None) -> None:
     """Run the installed package's ``name`` with this process's arguments, as if called directly.
 
+    A config that comes with this package may be given by its name, as the first argument.
+
     Args:
-        name: ``'train.py'``, ``'test.py'``, or another path in a toolbox's folder ``tools``.
+        name: ``'train.py'``, ``'test.py'``, or another script, see :func:`find_script`.
+        prog: What the script's help and errors call it; None for its own name.
     """
+    sys.argv[1:2] = [str(config_path(arg)) for arg in sys.argv[1:2]]
     try:
         script = find_script(name, sys.argv[1:])
     except LaunchError as error:
@@ -177,7 +196,7 @@ def main(name: str) -> None:
     let_cpus_take_part()
     check_data()
     try:
-        runpy.run_path(str(script), run_name='__main__')
+        run_script(script, prog)
     except FileNotFoundError as error:
         path = error.filename or _path_in(str(error))
         if path is None:
@@ -191,6 +210,28 @@ def main(name: str) -> None:
             raise
         _fail(message)
     leave_process_group()
+
+
+def run_script(script: Path, prog: str | None = None) -> None:
+    """Run a script with this process's arguments, as Python does when it is called directly.
+
+    That is what :func:`runpy.run_path` does, but for the name that argparse has for it.
+
+    Args:
+        script: The file.
+        prog: What its help and errors call it; None for its own name.
+    """
+    module = ModuleType('__main__')
+    module.__file__ = str(script)
+    sys.argv[0] = prog or str(script)
+    sys.path.insert(0, str(script.parent))
+    caller, sys.modules['__main__'] = sys.modules['__main__'], module
+    try:
+        code = compile(script.read_bytes(), str(script), 'exec', dont_inherit=True)
+        exec(code, module.__dict__)
+    finally:
+        sys.modules['__main__'] = caller
+        sys.path.remove(str(script.parent))
 
 
 def _said_by_us(error: BaseException) -> str | None:

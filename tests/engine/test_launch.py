@@ -20,6 +20,7 @@ from helpers import (
     assert_ran,
     make_shapes,
     read_log,
+    run_command,
     run_tool,
     shapes_options,
     the_one_line,
@@ -207,6 +208,27 @@ def test_every_argument_reaches_the_original(call, tmp_path, fake_toolboxes, nam
     *called, argv = json.loads((tmp_path / 'called.json').read_text())
     assert called == [package, name, '__main__']
     assert Path(argv[0]).name == name and argv[1:] == args
+
+
+@pytest.mark.parametrize('form', ['{}', '{}.py', 'mmlavit::{}.py'])
+def test_configs_of_ours_by_name(call, tmp_path, fake_toolboxes, monkeypatch, form):
+    """As the first argument; a file of that name goes first, and options keep their values."""
+    name = form.format('upernet_lavit_n_shapes')
+    path = str(ROOT / 'configs' / 'upernet_lavit_n_shapes.py')
+    monkeypatch.setitem(sys.modules, 'mmseg', None)
+    assert 'onedl-mmsegmentation' in refusal(call('train.py', name))
+
+    def called(*args: object) -> list:
+        assert call('train.py', *args).code == 0
+        return json.loads((tmp_path / 'called.json').read_text())
+
+    monkeypatch.delitem(sys.modules, 'mmseg')
+    base = write_config(tmp_path / 'base.py', 'mmdet')
+    package, *_, argv = called(base, '--work-dir', name)
+    assert package == 'mmdet' and argv[1:] == [str(base), '--work-dir', name]
+    write_config(tmp_path / name, 'mmdet')
+    assert called(name)[-1][1:] == [name]
+    assert path not in called(name)[-1]
 
 
 @pytest.mark.parametrize('suffix', ['.json', '.yaml', '.yml'])
@@ -452,10 +474,39 @@ def test_any_script_of_a_toolbox_starts(tmp_path, script, config, arguments, sai
 
 def test_a_script_that_no_toolbox_has(tmp_path):
     result = run_tool('tool.py', 'no.py', ROOT / 'configs/lavit_n_shapes.py', cwd=tmp_path)
-    assert result.returncode == 2 and "no toolbox has a script 'no.py'" in the_one_line(
-        result.stderr
-    )
-    assert 'get_flops.py' in result.stderr
+    assert result.returncode == 2
+    line = the_one_line(result.stderr)
+    assert "no toolbox has a script 'no.py'" in line and 'mmlavit tool --help' in line
+
+
+@pytest.mark.parametrize(
+    'name, config, found',
+    [
+        ('get_flops', 'maskrcnn_lavit_n_shapes', 'mmdet/.mim/tools/analysis_tools/get_flops.py'),
+        ('get_flops.py', 'upernet_lavit_n_shapes', 'mmseg/.mim/tools/analysis_tools/get_flops.py'),
+        # mmdet has two; that of object tracking is one folder further down.
+        ('browse_dataset', 'retinanet_lavit_n_shapes', 'analysis_tools/browse_dataset.py'),
+        (
+            'browse_dataset',
+            'lavit_n_shapes',
+            'mmpretrain/.mim/tools/visualization/browse_dataset.py',
+        ),
+        ('vis_cam', 'maskrcnn_lavit_n_shapes', 'mmpretrain/.mim/tools/visualization/vis_cam.py'),
+        ('misc/print_config.py', 'lavit_n_shapes', 'mmpretrain/.mim/tools/misc/print_config.py'),
+    ],
+)
+def test_scripts_by_their_names(name, config, found):
+    """In the config's own toolbox first."""
+    script = launch.find_script(name, [str(ROOT / 'configs' / f'{config}.py')])
+    assert script.as_posix().endswith(found) and script.is_file()
+
+
+def test_the_list_of_scripts_is_what_the_toolboxes_have():
+    listed = launch.scripts()
+    assert set(listed) == set(SCOPES)
+    for package, names in listed.items():
+        folder = Path(find_spec(package).origin).parent / '.mim' / 'tools'
+        assert {folder / name for name in names} == set(folder.glob('**/*.py'))
 
 
 # -- Launchers -------------------------------------------------------------------------------------
@@ -488,7 +539,10 @@ atexit.register(note)
 
 @pytest.mark.slow
 def test_torchrun(tmp_path):
-    """Two processes on the CPU share the images, and ``loss_dp`` comes through DDP."""
+    """Two processes on the CPU share the images, and ``loss_dp`` comes through DDP.
+
+    By either door: ``mmlavit train`` and tools/test.py.
+    """
     (tmp_path / 'probe.py').write_text(PROBE)
     config = write_config(
         tmp_path / 'config.py',
@@ -498,8 +552,8 @@ def test_torchrun(tmp_path):
     )
     data = make_shapes(tmp_path / 'shapes', 16, 2)
 
-    def run_both(name: str, *args: object) -> str:
-        result = run_tool(
+    def run_both(run: Callable, name: str, *args: object) -> str:
+        result = run(
             name,
             *(*args, '--launcher', 'pytorch', '--work-dir', tmp_path / name, '--cfg-options'),
             *shapes_options(data),
@@ -519,9 +573,9 @@ def test_torchrun(tmp_path):
             note.unlink()
         return result.stdout
 
-    run_both('train.py', config)
-    steps = [line for line in read_log(tmp_path / 'train.py') if 'loss_dp' in line]
+    run_both(run_command, 'train', config)
+    steps = [line for line in read_log(tmp_path / 'train') if 'loss_dp' in line]
     assert len(steps) == 2 * 16 // (2 * 2)
     assert all(0 < step['loss_dp'] < step['loss'] < 100 for step in steps)
-    checkpoint = tmp_path / 'train.py' / 'epoch_2.pth'
-    assert 'coco/segm_mAP: ' in run_both('test.py', config, checkpoint)
+    checkpoint = tmp_path / 'train' / 'epoch_2.pth'
+    assert 'coco/segm_mAP: ' in run_both(run_tool, 'test.py', config, checkpoint)

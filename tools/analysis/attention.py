@@ -11,6 +11,9 @@ import re
 import sys
 from pathlib import Path
 
+from mmlavit.compat import repair_torchvision
+from mmlavit.shipped import config_path
+
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
@@ -18,7 +21,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add('config', type=Path, help='config of the model')
+    add('config', type=config_path, help='config of the model, or the name of one of ours')
     add(
         'checkpoint',
         help="its weights; 'none' for a model as a training starts (init_cfg, or chance with "
@@ -70,8 +73,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     """Draw and report."""
     args = parse_args(argv)
-    from mmlavit.compat import repair_torchvision
-
     repair_torchvision()
     from mmengine.logging import MMLogger
 

@@ -1,6 +1,6 @@
 r"""Measures what a trained model loses without its attention, and without the parts that make it.
 
-    python tools/analysis/replacement.py configs/lavit_n_shapes.py work_dirs/demo-cls/epoch_20.pth
+    mmlavit replacement lavit_n_shapes work_dirs/demo-cls/epoch_20.pth
 
 Takes any config of mmdet, mmseg and mmpretrain with a LaViT inside, and a checkpoint of the whole
 model. Runs the config's own validation (test, if it has none) once as it is, and once for each of
@@ -24,6 +24,7 @@ import sys
 from pathlib import Path
 
 from mmlavit.compat import repair_torchvision
+from mmlavit.shipped import config_path
 
 HOWS = ('even', 'identity', 'mean', 'ar', 'psi_theta')
 
@@ -34,7 +35,7 @@ def parse_args() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add('config', type=Path, help='config of the model')
+    add('config', type=config_path, help='config of the model, or the name of one of ours')
     add('checkpoint', help='its weights: of the whole model, not of the backbone alone')
     add('--only', nargs='+', choices=HOWS, default=HOWS, metavar='NAME', help='some of the above')
     add('--images', type=int, help='how many images, spread over the data (default: all)')

@@ -1,7 +1,7 @@
 r"""Measures how alike the attention of a model's layers is, and what it looks like, over images.
 
-    python tools/analysis/saturation.py configs/lavit_n_shapes.py work_dirs/demo-cls/epoch_20.pth
-    python tools/analysis/saturation.py configs/maskrcnn_lavit_s_coco.py \
+    mmlavit saturation lavit_n_shapes work_dirs/demo-cls/epoch_20.pth
+    mmlavit saturation maskrcnn_lavit_s_coco \
         --model Swin-T mmdet::swin/mask-rcnn_swin-t-p4-w7_fpn_1x_coco.py
 
 Takes configs of mmdet, mmseg and mmpretrain whose backbone is a LaViT, a Swin or a PVT, and runs
@@ -38,7 +38,7 @@ def parse_args() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add('config', help='config of the model: a file, or PACKAGE::NAME')
+    add('config', help='config of the model: a file, the name of one of ours, or PACKAGE::NAME')
     add('checkpoint', nargs='?', help='its weights; without, random ones')
     add('--name', help='what to call the model (default: the name of its config)')
     add(

@@ -1,0 +1,140 @@
+"""``mmlavit configs``: lists the configs that come with the package, and copies them."""
+
+from __future__ import annotations
+
+import argparse
+import fnmatch
+import itertools
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..errors import MMLaViTError
+from ..shipped import configs
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """What reads the command line."""
+    parser = argparse.ArgumentParser(
+        prog='mmlavit configs',
+        description='Lists the configs that come with mmlavit, and copies them. Wherever mmlavit '
+        'takes a config, it takes the name of one of these; a config of yours may inherit from '
+        "'mmlavit::NAME.py'.",
+    )
+    commands = parser.add_subparsers(dest='command', metavar='COMMAND')
+    add = commands.add_parser('list', help='list them (also without a command)').add_argument
+    add('pattern', nargs='*', default=['*'], metavar='NAME', help="such as 'maskrcnn_*'")
+    add = commands.add_parser(
+        'copy',
+        help='copy some of them to edit',
+        description="Copies configs, whose bases stay in the package ('mmlavit::...').",
+    ).add_argument
+    add('pattern', nargs='+', metavar='NAME', help="a name, or several as in 'maskrcnn_*'")
+    add('--out', type=Path, default=Path(), metavar='DIR', help='where to (default: here)')
+    add('--force', action='store_true', help='replace files that are there')
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command.
+
+    Args:
+        argv: Arguments without the program's name; None means those of the process.
+
+    Raises:
+        MMLaViTError: If no config has such a name, or a file cannot be written.
+    """
+    args = make_parser().parse_args(argv)
+    if args.command == 'copy':
+        for file in copy_configs(args.pattern, args.out, args.force):
+            print('written:', file)
+        return
+    found = select(args.pattern if args.command else ['*'])
+    width = max(map(len, found))
+    for name, path in found.items():
+        print(f'{name:{width}}  {describe(path)}')
+
+
+def select(patterns: Sequence[str]) -> dict[str, Path]:
+    """Configs that come with the package, by name.
+
+    Args:
+        patterns: Names, also with ``*``, ``?`` and ``[...]`` as in a shell.
+
+    Returns:
+        Name and file of each.
+
+    Raises:
+        MMLaViTError: If a pattern fits none.
+    """
+    found = {}
+    for pattern in patterns:
+        names = fnmatch.filter(configs(), pattern.removeprefix('mmlavit::').removesuffix('.py'))
+        if not names:
+            raise MMLaViTError(f"no config is called {pattern!r}; 'mmlavit configs' lists all")
+        found.update({name: configs()[name] for name in names})
+    return found
+
+
+def describe(config: Path) -> str:
+    """What a config is, by the first sentence of its comment or, without one, of its base's."""
+    text = config.read_text(encoding='utf-8')
+    if heir := re.match(r"_base_ = '\./(\w+\.py)'", text):
+        return describe(config.parent / heir[1])
+    lines = itertools.takewhile(lambda line: line.startswith('#'), text.splitlines())
+    comment = ' '.join(line[1:].strip() for line in lines)
+    return re.split(r'[.;:] |\.$', comment)[0]
+
+
+def copy_configs(patterns: Sequence[str], out: Path, force: bool = False) -> list[Path]:
+    """Copy configs, with the package's own files as their bases.
+
+    Args:
+        patterns: Names, see :func:`select`.
+        out: A folder, made where it is missing.
+        force: Whether files that are there may be replaced.
+
+    Returns:
+        The files written.
+
+    Raises:
+        MMLaViTError: If no config has such a name, or a file cannot be written; then none is.
+    """
+    found = {out / path.name: path for path in select(patterns).values()}
+    for file in found:
+        check_free(file, force)
+    for file, config in found.items():
+        text = re.sub(r"(?<=')\./(?=[\w/]+\.py')", 'mmlavit::', config.read_text(encoding='utf-8'))
+        write(file, text)
+    return list(found)
+
+
+def check_free(file: Path, force: bool) -> None:
+    """Refuse to replace a file that nobody gave up.
+
+    Args:
+        file: Where something is to be written.
+        force: Whether it may replace what is there.
+
+    Raises:
+        MMLaViTError: If it may not.
+    """
+    if file.is_dir() or (file.exists() and not force):
+        raise MMLaViTError(f'{file} is there already; write elsewhere, or use --force')
+
+
+def write(file: Path, text: str) -> None:
+    """Write a file, and its folder where that is missing.
+
+    Args:
+        file: Where to.
+        text: What.
+
+    Raises:
+        MMLaViTError: If that is not possible.
+    """
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text, encoding='utf-8')
+    except OSError as error:
+        raise MMLaViTError(f'cannot write {file}: {error.strerror}') from error

@@ -1,0 +1,1 @@
+"""Models of any config of the three toolboxes on images and videos, and what they find in files."""

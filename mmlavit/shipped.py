@@ -1,0 +1,58 @@
+"""The configs and tools that come with the package: of the clone, or of the wheel."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+_PACKAGE = Path(__file__).parent
+
+
+def folder(name: str) -> Path:
+    """A folder that comes with the package.
+
+    Args:
+        name: ``'configs'`` or ``'tools'``.
+
+    Returns:
+        The wheel's or, where the repository itself is installed (``pip install -e``), its own.
+    """
+    installed = _PACKAGE / '.mim'
+    return (installed if installed.is_dir() else _PACKAGE.parent) / name
+
+
+def configs() -> dict[str, Path]:
+    """The configs that come with the package, by name: ``'lavit_t_imagenet'``, for one."""
+    return {path.stem: path for path in sorted(folder('configs').glob('*.py'))}
+
+
+def config_path(config: str) -> Path:
+    """The file that is meant by a config on a command line.
+
+    Args:
+        config: A file; or the name of a config that comes with the package, with or without
+            ``mmlavit::`` before it and ``.py`` after it. A file of that name is taken first.
+
+    Returns:
+        The path; where there is neither, that of the missing file.
+    """
+    path = Path(config)
+    if path.is_file():
+        return path
+    return configs().get(config.removeprefix('mmlavit::').removesuffix('.py'), path)
+
+
+def weights_of(config: Path) -> str | None:
+    """The weights that the model zoo has for a config that comes with the package.
+
+    Args:
+        config: Its path.
+
+    Returns:
+        A file or an URL; None where there are no weights.
+    """
+    from mmengine.fileio import load
+
+    for model in load(folder('configs') / 'metafile.yml')['Models']:
+        if folder('configs') / Path(model['Config']).name == config:
+            return model.get('Weights')
+    return None
