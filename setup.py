@@ -58,12 +58,12 @@ OPENMMLAB = [
     'regex',
 ]
 
-# What tools/export.py needs; torch from 2.6 on. Tried together: 1.23.2, 0.7.2, 1.31.1.
+# What `mmlavit export` needs; torch from 2.6 on. Tried together: 1.23.2, 0.7.2, 1.31.1.
 EXPORT = ['onnx', 'onnxscript', 'onnxruntime']
 
 # What `make docs` makes the site with. Tried together: 9.0.4, 5.2.0, 2025.12.19.
 DOCS = ['sphinx', 'myst-parser', 'furo']
-# What tools/analysis draws with. Tried together: 3.11.2, 3.9.2.
+# What `mmlavit attention` and `saturation` draw with. Tried together: 3.11.2, 3.9.2.
 ANALYSIS = ['matplotlib', 'bokeh>=3.4']
 
 # What the tests, the checks and the demo of this repository run with, beside one of the two above.
@@ -127,6 +127,7 @@ setup(
     ],
     python_requires='>=3.10',
     packages=find_packages(include=['mmlavit', 'mmlavit.*']),
+    entry_points={'console_scripts': ['mmlavit = mmlavit.__main__:main']},
     package_data={'mmlavit': ['py.typed']},  # type checkers may read its annotations (PEP 561)
     install_requires=['torch>=2.1', 'numpy'],
     extras_require={

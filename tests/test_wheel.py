@@ -1,5 +1,6 @@
 """The wheel where a stranger has installed it: the repository is out of sight."""
 
+import json
 import math
 import os
 import site
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import assert_ran, read_log
+from helpers import assert_ran, read_log, the_one_line
 from mmengine.config import Config
 from modelindex import load_model_index
 
@@ -110,9 +111,9 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(python: Path, project: Path) -> Run:
     """Runs that Python in the stranger's project, which its modules are imported from."""
 
-    def run(*arguments: object) -> subprocess.CompletedProcess[str]:
+    def run(*arguments: object, program: Path = python) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            [str(python), *map(str, arguments)],
+            [str(program), *map(str, arguments)],
             cwd=project,
             env={**os.environ, 'PYTHONPATH': str(project), 'OMP_WAIT_POLICY': 'PASSIVE'},
             capture_output=True,
@@ -181,3 +182,80 @@ def test_strangers_project_trains(
     prefix = 'backbone.'
     backbone = {k.removeprefix(prefix): v for k, v in trained.items() if k.startswith(prefix)}
     LaViT('nano').load_state_dict(backbone)
+
+
+@pytest.fixture(scope='module')
+def command(run: Run, python: Path) -> Run:
+    """Runs the command ``mmlavit`` that the wheel has installed."""
+
+    def command(*arguments: object) -> subprocess.CompletedProcess[str]:
+        return run(*arguments, program=python.with_name('mmlavit'))
+
+    return command
+
+
+def test_command_knows_what_the_wheel_brought(command: Run, package: Path) -> None:
+    path = command('configs', 'path', 'lavit_t_imagenet')
+    assert_ran(path)
+    assert Path(path.stdout.strip()) == package / '.mim' / 'configs' / 'lavit_t_imagenet.py'
+    benchmark = command('benchmark', '--help')
+    assert benchmark.returncode == 2
+    assert 'clone' in the_one_line(benchmark.stderr)
+
+
+@pytest.mark.slow
+def test_command_on_strangers_data(command: Run, project: Path) -> None:
+    """Data, a config for them, a training, its test and predictions, all by the command."""
+    assert_ran(command('shapes', '--out', 'mine', '--num-train', 4, '--num-val', 2, '--size', 64))
+    new = ['configs', 'new', '--from', 'maskrcnn_lavit_n_shapes', '--data', 'mine/coco']
+    assert_ran(command(*new, '--out', 'mine.py'))
+    options = ['--cfg-options', 'default_hooks.logger.interval=1', 'train_cfg.max_epochs=1']
+    options += ['train_dataloader.batch_size=2', 'default_hooks.checkpoint.save_best=None']
+    assert_ran(command('train', 'mine.py', '--work-dir', 'run', *options))
+    losses = [line['loss'] for line in read_log(project / 'run') if 'loss' in line]
+    assert len(losses) == 2 and all(map(math.isfinite, losses))
+    assert_ran(command('test', 'mine.py', 'run/epoch_1.pth'))
+    assert_ran(command('infer', 'mine.py', 'run/epoch_1.pth', 'mine/coco/val2017'))
+    found = json.loads((project / 'predictions' / 'predictions.json').read_text())
+    assert len(found['images']) == 2
+    assert [c['name'] for c in found['categories']] == ['circle', 'square', 'triangle']
+    assert len(list((project / 'predictions' / 'pictures').iterdir())) == 2
+
+
+MAKE_WEIGHTS = """
+import cv2, numpy, torch
+from mmengine.config import Config
+from mmengine.registry import init_default_scope
+from mmlavit.compat import repair_torchvision
+from mmlavit.shipped import config_path
+repair_torchvision()
+from mmpretrain.registry import MODELS
+init_default_scope('mmpretrain')
+cfg = Config.fromfile(config_path('lavit_t_imagenet'))
+model = MODELS.build(dict(data_preprocessor=cfg.data_preprocessor, **cfg.model))
+classes = [f'kind {n}' for n in range(1000)]
+meta = dict(dataset_meta=dict(classes=classes))
+torch.save(dict(state_dict=model.state_dict(), meta=meta), 'released.pth')
+cv2.imwrite('image.jpg', numpy.zeros((64, 80, 3), numpy.uint8))
+"""
+
+
+@pytest.mark.slow
+def test_a_name_is_enough_once_there_are_weights(
+    run: Run, command: Run, package: Path, project: Path
+) -> None:
+    """As in a release whose metafile.yml says where they are."""
+    assert_ran(run('-c', MAKE_WEIGHTS))
+    metafile = package / '.mim' / 'configs' / 'metafile.yml'
+    text = metafile.read_text()
+    line = '    Config: configs/lavit_t_imagenet.py\n'
+    assert line in text
+    try:
+        metafile.write_text(text.replace(line, f'{line}    Weights: {project}/released.pth\n'))
+        ran = command('infer', 'lavit_t_imagenet', 'image.jpg', '--out', 'by_name')
+    finally:
+        metafile.write_text(text)
+    assert_ran(ran)
+    assert 'image.jpg: kind ' in ran.stdout
+    refused = command('infer', 'lavit_t_imagenet', 'image.jpg', '--out', 'again')
+    assert refused.returncode == 2 and 'without weights' in the_one_line(refused.stderr)

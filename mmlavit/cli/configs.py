@@ -1,4 +1,4 @@
-"""``mmlavit configs``: lists the configs that come with the package, and copies them."""
+"""``mmlavit configs``: lists the configs of the package, copies them, writes new ones."""
 
 from __future__ import annotations
 
@@ -9,21 +9,24 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..compat import repair_torchvision
 from ..errors import MMLaViTError
-from ..shipped import configs
+from ..shipped import config_path, configs
 
 
 def make_parser() -> argparse.ArgumentParser:
     """What reads the command line."""
     parser = argparse.ArgumentParser(
         prog='mmlavit configs',
-        description='Lists the configs that come with mmlavit, and copies them. Wherever mmlavit '
-        'takes a config, it takes the name of one of these; a config of yours may inherit from '
-        "'mmlavit::NAME.py'.",
+        description='Lists the configs that come with mmlavit, copies them, and writes new ones. '
+        'Wherever mmlavit takes a config, it takes the name of one of these; a config of yours may '
+        "inherit from 'mmlavit::NAME.py'.",
     )
     commands = parser.add_subparsers(dest='command', metavar='COMMAND')
     add = commands.add_parser('list', help='list them (also without a command)').add_argument
     add('pattern', nargs='*', default=['*'], metavar='NAME', help="such as 'maskrcnn_*'")
+    add = commands.add_parser('path', help='say where one is').add_argument
+    add('pattern', nargs='+', metavar='NAME', help='its name')
     add = commands.add_parser(
         'copy',
         help='copy some of them to edit',
@@ -32,6 +35,19 @@ def make_parser() -> argparse.ArgumentParser:
     add('pattern', nargs='+', metavar='NAME', help="a name, or several as in 'maskrcnn_*'")
     add('--out', type=Path, default=Path(), metavar='DIR', help='where to (default: here)')
     add('--force', action='store_true', help='replace files that are there')
+    add = commands.add_parser(
+        'new',
+        help="write one for your own data in COCO's format",
+        description="Writes a config for data of your own in COCO's format: class names and their "
+        'number are read from the annotations, and put wherever the model and the data need them.',
+    ).add_argument
+    add('--from', dest='base', required=True, metavar='CONFIG', help='the detector to start from')
+    add('--data', type=Path, required=True, metavar='DIR', help='folder of the data')
+    for split in ('train', 'val'):
+        add(f'--{split}', type=Path, metavar='FILE', help=f'its {split} annotations, if not found')
+        add(f'--{split}-images', type=Path, metavar='DIR', help='folder of their images, likewise')
+    add('--out', type=Path, metavar='FILE', help='the file to write (default: named after both)')
+    add('--force', action='store_true', help='replace a file that is there')
     return parser
 
 
@@ -49,7 +65,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         for file in copy_configs(args.pattern, args.out, args.force):
             print('written:', file)
         return
+    if args.command == 'new':
+        new_config(args)
+        return
     found = select(args.pattern if args.command else ['*'])
+    if args.command == 'path':
+        print(*found.values(), sep='\n')
+        return
     width = max(map(len, found))
     for name, path in found.items():
         print(f'{name:{width}}  {describe(path)}')
@@ -107,6 +129,42 @@ def copy_configs(patterns: Sequence[str], out: Path, force: bool = False) -> lis
         text = re.sub(r"(?<=')\./(?=[\w/]+\.py')", 'mmlavit::', config.read_text(encoding='utf-8'))
         write(file, text)
     return list(found)
+
+
+def new_config(args: argparse.Namespace) -> None:
+    """Write a config for data in COCO's format.
+
+    Args:
+        args: What the command line says.
+
+    Raises:
+        MMLaViTError: If the data or the config do not serve, or the file cannot be written.
+    """
+    base, ours = config_path(args.base), configs()
+    out = args.out or Path(f'{base.stem}_{args.data.resolve().name}.py')
+    check_free(out, args.force)
+    repair_torchvision()
+    from ..datasets.own_coco import (
+        Split,
+        find_annotations,
+        find_images,
+        make_config,
+        read_annotations,
+    )
+
+    splits = []
+    for name in ('train', 'val'):
+        file, images = getattr(args, name), getattr(args, f'{name}_images')
+        annotations = read_annotations(file) if file else find_annotations(args.data, name)
+        splits.append(Split(annotations, images or find_images(args.data, annotations, name)))
+    known = ours.get(base.stem) == base
+    base_name = f'mmlavit::{base.name}' if known else str(base.resolve())
+    write(out, make_config(base, base_name, args.data, *splits))
+    width = max(map(len, splits[0].annotations.classes))
+    print(f'{"objects to":{width}}  train on  validate on')
+    for name, number in splits[0].annotations.counts.items():
+        print(f'{name:{width}}  {number:8}  {splits[1].annotations.counts[name]:11}')
+    print('written:', out)
 
 
 def check_free(file: Path, force: bool) -> None:

@@ -23,6 +23,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import PIL.Image
 import pytest
 import torch
 from helpers import ROOT, SHAPES_CONFIG, shapes_options, the_one_line
@@ -231,6 +232,43 @@ def trained(
     return make
 
 
+def trained_elsewhere(
+    config: str, lines: str = '', spoil: Callable[[Path], object] = lambda data: None
+) -> Make:
+    """tools/train.py with any config, on made-up shapes in data/shapes that were changed."""
+
+    def make(folder: Path) -> None:
+        make_shapes(folder / 'data/shapes', ShapesRecipe(2, 1, size=64), progress=False)
+        spoil(folder / 'data/shapes')
+        path = folder / 'config.py'
+        path.write_text(f'_base_ = {str(ROOT / "configs" / config)!r}\n{lines}')
+        command('train.py', path, '--work-dir', folder / 'run')(folder)
+
+    return make
+
+
+def call_shapes_as_coco_does(data: Path) -> None:
+    for file in (data / 'coco/annotations').glob('*.json'):
+        content = json.loads(file.read_text())
+        for category, name in zip(content['categories'], ('cat', 'dog', 'robot'), strict=True):
+            category['name'] = name
+        file.write_text(json.dumps(content))
+
+
+def label_a_pixel(data: Path) -> None:
+    """With a class more than there are: 5 stands for the fifth, as 0 is none."""
+    (file, *_) = sorted((data / 'ade/annotations/training').iterdir())
+    labels = np.array(PIL.Image.open(file))
+    labels[3, 5] = 5
+    PIL.Image.fromarray(labels).save(file)
+
+
+def list_of_images(data: Path) -> None:
+    files = sorted((data / 'imagenet/train').rglob('*.jpg'))
+    lines = [f'{file.relative_to(data / "imagenet/train")} {3 * n}' for n, file in enumerate(files)]
+    (data / 'imagenet/list.txt').write_text('\n'.join(lines))
+
+
 def evaluated(content: object) -> Make:
     """tools/test.py with a checkpoint file; None is for a missing one."""
 
@@ -258,6 +296,20 @@ model = dict(
     backbone=dict(_delete_=True, type='ResNet', depth=18, out_indices=(1, 2, 3)),
     neck=dict(in_channels=[128, 256, 512]))
 """
+# What somebody writes who forgets the classes.
+OWN_BOXES = """
+data = dict(data_root='data/shapes/coco/')
+train_dataloader = dict(dataset=data)
+val_dataloader = dict(dataset=data)
+val_evaluator = dict(ann_file='data/shapes/coco/annotations/instances_val2017.json')
+"""
+OWN_FOLDERS = """
+train_dataloader = dict(dataset=dict(
+    _delete_=True, type='CustomDataset', data_root='data/shapes/imagenet', data_prefix='train',
+    pipeline=[dict(type='LoadImageFromFile'), dict(type='PackInputs')]))
+val_dataloader = test_dataloader = val_cfg = test_cfg = val_evaluator = test_evaluator = None
+"""
+OWN_LIST = OWN_FOLDERS.replace("data_prefix='train'", "data_prefix='train', ann_file='list.txt'")
 HOOK_TWICE = "custom_hooks = [dict(type='DiagonalityLossHook')] * 2"
 TRUNCATED = as_bytes(inside('backbone.'))[:20000]
 FOREIGN = {'patch_embed.proj.weight': ones(16, 3, 4, 4), 'layers.0.qkv.weight': ones(48, 16)}
@@ -506,6 +558,29 @@ TABLE = [
      ['classes', "'circle'", 'tuple or list']),
     ('data: classes that no head has', trained(None, 'model.bbox_head.num_classes=2'), Refused,
      ['bbox_head', 'num_classes=2', 'CocoDataset', '3 classes', 'circle']),
+    slow('data: classes forgotten, boxes', trained_elsewhere(
+        'maskrcnn_lavit_s_coco.py', OWN_BOXES, call_shapes_as_coco_does), Refused,
+     ['instances_train2017.json', '3 categories (cat, dog, robot)', '80 classes',
+      '2 are among them', 'metainfo', 'num_classes']),
+    slow('data: a class of the data is not in the file',
+     trained(lines="train_dataloader = dict(dataset=dict(metainfo=dict("
+                   "classes=('circle', 'square', 'tringle'))))"), Refused,
+     ['instances_train2017.json', '3 categories (circle, square, triangle)', 'tringle']),
+    slow('data: classes forgotten, folders', trained_elsewhere('lavit_t_imagenet.py', OWN_FOLDERS),
+     Refused, ['has num_classes=1000', 'CustomDataset', 'classes (circle', 'set num_classes']),
+    slow('data: classes forgotten beside the head', trained_elsewhere(
+        'lavit_t_imagenet.py', f'{OWN_FOLDERS}model = dict(head=dict(num_classes=3))'), Refused,
+     ['data_preprocessor has num_classes=1000', '3 classes']),
+    slow('data: folders that are not ImageNet', trained_elsewhere(
+        'lavit_t_imagenet.py', OWN_FOLDERS.replace('Custom', 'ImageNet').replace(
+            'ImageNetDataset', 'ImageNet')), Refused,
+     ['ImageNet', 'subfolders (3)', '(1000)', "'CustomDataset'", 'num_classes']),
+    slow('data: labels of a list', trained_elsewhere(
+        'lavit_n_shapes.py', OWN_LIST, list_of_images), Refused,
+     ['.jpg has the label 3', 'head has num_classes=3', 'from 0 to 2']),
+    slow('data: labels of pixels', trained_elsewhere(
+        'upernet_lavit_n_shapes.py', spoil=label_a_pixel), Refused,
+     ['annotations/training/', '.png has the label 4', 'head has num_classes=4', '0 to 3']),
     # Commands
     ('train: no such config', command('train.py', 'no.py'), Refused, ['not found', 'no.py']),
     ('test: no such config', command('test.py', 'no.py', 'a.pth'), Refused, ['not found', 'no.py']),

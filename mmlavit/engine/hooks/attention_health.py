@@ -146,7 +146,7 @@ class AttentionHealthHook(Hook):
                         dead,
                         f'attention in {stage} {finding.format(figure)}. Try another learning rate '
                         'or less of what pulls at the scores (loss_dp, weight decay); '
-                        'tools/analysis/saturation.py shows each layer',
+                        "'mmlavit saturation' shows each layer",
                     )
 
     def after_train(self, runner: Runner) -> None:
