@@ -1,6 +1,7 @@
 """The toolboxes' inferencers on what a training leaves behind: a config and a checkpoint.
 
-The few lines that README.md and docs/command_line.md print for each run in a process of their own, far from the repository.
+The few lines that README.md and docs/command_line.md print for each run in a process of their own,
+far from the repository.
 """
 
 from __future__ import annotations
@@ -50,7 +51,8 @@ NAMES = {
 }
 SIZES = [(64, 64), (50, 80), (97, 33)]  # height, width
 
-# What README.md and docs/command_line.md print. The folder holds config.py, checkpoint.pth and image.jpg.
+# What README.md and docs/command_line.md print. The folder holds config.py, checkpoint.pth and
+# image.jpg.
 README = {
     'mmdet': """
 from mmlavit.compat import repair_torchvision
