@@ -100,7 +100,8 @@ class LessAttention(WindowAttention):
         qkv_bias: Whether the projection to V has a bias.
         attn_drop_rate: Dropout on the attention after the softmax.
         drop_rate: Dropout on the output.
-        fused: Whether one kernel may compute it, where that can be.
+        fused: Whether one Triton kernel computes it: True, False or ``'auto'``, as in
+            :func:`mmlavit.ops.less_attention.less_attention`.
     """
 
     reuses_scores: Literal[True] = True
@@ -113,7 +114,7 @@ class LessAttention(WindowAttention):
         qkv_bias: bool = True,
         attn_drop_rate: float = 0.0,
         drop_rate: float = 0.0,
-        fused: bool = True,
+        fused: bool | Literal['auto'] = 'auto',
     ) -> None:
         super().__init__(embed_dims, num_heads, attn_drop_rate, drop_rate)
         self.window = window

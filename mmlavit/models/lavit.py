@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Literal
 
 import numpy as np
 import torch
@@ -116,11 +117,13 @@ class LaViT(BaseModule):
         frozen_stages: Freeze the patch embedding and this many stages, with their output norms;
             -1 freezes nothing, 0 the patch embedding alone. Defaults to -1.
         with_cp: Recompute each layer in the backward pass to save memory. Defaults to False.
-        fused_attention: Compute the attention of a less-attention layer in one Triton kernel, which
-            reads and writes scores once and keeps nothing between, where that can be: on a GPU that
-            Triton supports, for windows of at most 8 x 8 tokens, without attention dropout, outside
-            torch.compile, torch.export and the like. Elsewhere PyTorch computes the same. Turn it
-            off for second derivatives. Defaults to True.
+        fused_attention: Whether one Triton kernel computes the attention of a less-attention layer;
+            it reads and writes scores once and keeps nothing between. ``'auto'``: where it can (on
+            a GPU that Triton supports, for windows of at most 8 x 8 tokens, without attention
+            dropout, outside torch.export and the like), once it has been compared with PyTorch
+            there (:mod:`mmlavit.ops.fused_check`); elsewhere PyTorch computes the same. True: in
+            any case, unchecked; a layer where it cannot run raises a RuntimeError. False: never,
+            as second derivatives want it. Defaults to ``'auto'``.
         init_cfg: As everywhere in MMEngine. ``dict(type='Pretrained', checkpoint=...,
             prefix='backbone.')`` loads the backbone of a classifier, detector or segmentor; weights
             made for other ``window_sizes`` are resized. These type and prefix are what a dict
@@ -147,7 +150,7 @@ class LaViT(BaseModule):
         qkv_bias: bool = True,
         frozen_stages: int = -1,
         with_cp: bool = False,
-        fused_attention: bool = True,
+        fused_attention: bool | Literal['auto'] = 'auto',
         init_cfg: dict | list[dict] | None = None,
     ) -> None:
         super().__init__(init_cfg=_complete_init_cfg(init_cfg))
@@ -169,7 +172,7 @@ class LaViT(BaseModule):
         drop_path_rate = _check_rate('drop_path_rate', drop_path_rate)
         qkv_bias = _check_bool('qkv_bias', qkv_bias)
         with_cp = _check_bool('with_cp', with_cp)
-        fused_attention = _check_bool('fused_attention', fused_attention)
+        fused_attention = _check_fused(fused_attention)
 
         num_stages = self.out_indices[-1] + 1
         self.depths = arch.depths[:num_stages]
@@ -426,6 +429,15 @@ def _pretrained(init_cfg: dict | list[dict] | None) -> list[dict]:
 def _check_bool(name: str, value: object) -> bool:
     if not isinstance(value, bool):
         raise TypeError(f'{name} must be True or False, got {value!r}')
+    return value
+
+
+def _check_fused(value: object) -> bool | Literal['auto']:
+    if value == 'auto':
+        return 'auto'
+    if not isinstance(value, bool):
+        error = ValueError if isinstance(value, str) else TypeError
+        raise error(f"fused_attention must be 'auto', True or False, got {value!r}")
     return value
 
 

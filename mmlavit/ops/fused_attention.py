@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 import os
 import warnings
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 
 from ..models.windows import WindowGrid, ceil_div
 from .mode import is_dispatched, is_exported, is_traced, is_transformed
-from .recompute import autocast_dtype, autocasts
+from .recompute import autocasts
 
 # Up to here a program holds whole tiles in its registers; the backward pass spills some of them. In
 # float32 one tile of a 14 x 14 window, 256 places by 256, fills those of a whole processor: that
@@ -33,8 +32,8 @@ FORWARD_TILES = 4
 BACKWARD_PROGRAMS = 2
 
 
-def can_fuse(x: Tensor, scores: Tensor, psi: Tensor, theta: Tensor, grid: WindowGrid) -> bool:
-    """Whether :func:`fused_less_attention` will take these tensors and the values of ``x``.
+def obstacle(v: Tensor, scores: Tensor, psi: Tensor, theta: Tensor, grid: WindowGrid) -> str | None:
+    """What keeps :func:`fused_less_attention` from taking these tensors.
 
     It wants Triton and a GPU that Triton supports (or Triton's interpreter, which the environment
     variable TRITON_INTERPRET=1 turns on), windows of at most 8 x 8 tokens, heads of at most 128
@@ -42,34 +41,39 @@ def can_fuse(x: Tensor, scores: Tensor, psi: Tensor, theta: Tensor, grid: Window
     torch.func transforms is left to PyTorch; torch.compile sees one operation.
 
     Args:
-        x: Map of tokens (B, H, W, heads * d), which a linear layer will project to values.
+        v: Map of values (B, H, W, heads * d).
         scores: ``A_{l-1}`` (windows, heads, n, n).
         psi: (n, n).
         theta: (n, n).
         grid: Grid of the windows.
 
     Returns:
-        True or False. Where Triton ought to work and does not, a warning says so, once.
+        Words for an error, or None for nothing.
     """
-    if is_exported() or not x.is_cuda and os.environ.get('TRITON_INTERPRET') != '1':
-        return False
-    tensors = x, scores, psi, theta
-    head_dim = x.shape[-1] // scores.shape[1]
-    return (
-        grid.window <= MAX_WINDOW
-        and head_dim <= MAX_HEAD_DIM
-        and all(t.dtype in DTYPES and t.device == x.device for t in tensors)
-        and (autocasts(x) or len({t.dtype for t in tensors}) == 1)
-        and all(type(t) in (Tensor, nn.Parameter) for t in tensors)
-        and (is_traced() or not (is_transformed() or is_dispatched()))
-        and _runs(x.device, _linear_dtype(x), grid.window, head_dim, torch.is_grad_enabled())
-    )
+    if is_exported():
+        return 'the model is being recorded to run elsewhere'
+    if not v.is_cuda and os.environ.get('TRITON_INTERPRET') != '1':
+        return 'the tensors are not on a GPU'
+    if grid.window > MAX_WINDOW:
+        return f'windows have more than {MAX_WINDOW} x {MAX_WINDOW} tokens'
+    if v.shape[-1] // scores.shape[1] > MAX_HEAD_DIM:
+        return f'heads have more than {MAX_HEAD_DIM} channels'
+    tensors = v, scores, psi, theta
+    if not all(t.dtype in DTYPES and t.device == v.device for t in tensors):
+        return 'tensors are on several devices, or neither float32 nor float16 nor bfloat16'
+    if not autocasts(v) and len({t.dtype for t in tensors}) > 1:
+        return 'values, scores, Psi and Theta are of several types'
+    if not all(type(t) in (Tensor, nn.Parameter) for t in tensors):
+        return 'a tensor is of a class of its own'
+    if not is_traced() and (is_transformed() or is_dispatched()):
+        return 'torch.func transforms the model, or somebody watches each of its operators'
+    return _obstacle_on(v.device)
 
 
 def fused_less_attention(
     v: Tensor, scores: Tensor, psi: Tensor, theta: Tensor, grid: WindowGrid
 ) -> tuple[Tensor, Tensor]:
-    """``A_l = Psi A_{l-1} Theta^T``, ``Z = softmax(A_l) V``, where :func:`can_fuse` allows it.
+    """``A_l = Psi A_{l-1} Theta^T``, ``Z = softmax(A_l) V``, where there is no :func:`obstacle`.
 
     Args:
         v: Map of values (B, H, W, heads * d), as large as the grid or padded to whole windows;
@@ -86,116 +90,127 @@ def fused_less_attention(
     if autocasts(v):
         # `v` comes out of a linear layer, and the products with Psi and Theta are linear layers.
         scores, psi, theta = (t.to(v.dtype) for t in (scores, psi, theta))
-    tensors = v.contiguous(), scores, psi.contiguous(), theta.contiguous()
-    return torch.ops.mmlavit.less_attention(*tensors, grid.height, grid.width, grid.window)
+    return torch.ops.mmlavit.less_attention(
+        v, scores, psi, theta, grid.height, grid.width, grid.window
+    )
 
 
-def _forward(
+def launch_forward(
     v: Tensor, scores: Tensor, psi: Tensor, theta: Tensor, height: int, width: int, window: int
 ) -> tuple[Tensor, Tensor]:
-    """``Z`` and ``A_l``."""
+    """Run the kernel of the forward pass.
+
+    Args:
+        v: Map of values (B, H, W, heads * d).
+        scores: ``A_{l-1}`` (windows, heads, n, n).
+        psi: (n, n).
+        theta: (n, n).
+        height: Rows of the grid, in tokens.
+        width: Columns of the grid, in tokens.
+        window: Side of a window, in tokens.
+
+    Returns:
+        ``Z`` and ``A_l``, contiguous.
+    """
     grid, num_heads = WindowGrid(height, width, window), scores.shape[1]
-    out = torch.empty_like(v)
-    new_scores = torch.empty_like(scores, memory_format=torch.contiguous_format)
+    v, scores, psi, theta = map(_plainly_laid, (v, scores, psi, theta))
+    out, new_scores = torch.empty_like(v), torch.empty_like(scores)
     tiles = scores.shape[0] * num_heads
     with torch.cuda.device_of(v):
         _kernels().forward[(ceil_div(tiles, FORWARD_TILES),)](
             *(scores, psi, theta, v, new_scores, out),
-            *scores.stride(),
             *_sizes(v, grid, tiles, num_heads),
             **_options(v, grid, num_heads),
         )
     return out, new_scores
 
 
-def _backward(
+def launch_backward(
     v: Tensor,
     scores: Tensor,
     psi: Tensor,
     theta: Tensor,
-    grad_out: Tensor | None,
-    grad_new: Tensor | None,
+    grad_out: Tensor,
+    grad_new: Tensor,
     height: int,
     width: int,
     window: int,
-    needed: Sequence[bool],
-) -> tuple[Tensor, ...]:
-    """Gradients of ``v``, ``scores``, ``psi`` and ``theta``, empty where not needed."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Run the kernel of the backward pass.
+
+    It is compiled for all gradients: a variant for each choice of them would be one that nobody has
+    compared with PyTorch.
+
+    Args:
+        v: As given to :func:`launch_forward`, and so the next three.
+        scores: As there.
+        psi: As there.
+        theta: As there.
+        grad_out: Gradient of ``Z``.
+        grad_new: Gradient of ``A_l``.
+        height: As there.
+        width: As there.
+        window: As there.
+
+    Returns:
+        Gradients of ``v``, ``scores``, ``psi`` and ``theta``, contiguous.
+    """
     grid, num_heads = WindowGrid(height, width, window), scores.shape[1]
-    of_v, of_scores, of_psi, of_theta = needed
+    given = map(_plainly_laid, (v, scores, psi, theta, grad_out, grad_new))
+    v, scores, psi, theta, grad_out, grad_new = given
+    grad_v, grad_scores = torch.empty_like(v), torch.empty_like(scores)
     tiles = scores.shape[0] * num_heads
-    programs = min(tiles, BACKWARD_PROGRAMS * _processors(v.device))
-    grad_v = grad_scores = grad_psi = grad_theta = None
-    if grad_out is not None:
-        grad_out = grad_out.contiguous()
-        grad_v = torch.empty_like(v) if of_v else None
-    if of_scores:
-        grad_scores = torch.empty_like(scores, memory_format=torch.contiguous_format)
+    programs = min(tiles, backward_programs(v.device))
     # One sum for each program, added up afterwards: the same at every run, unlike atomic additions.
-    if of_psi:
-        grad_psi = torch.empty(programs, *psi.shape, device=v.device)
-    if of_theta:
-        grad_theta = torch.empty(programs, *theta.shape, device=v.device)
+    grad_psi, grad_theta = torch.empty(2, programs, *psi.shape, device=v.device)
     with torch.cuda.device_of(v):
         _kernels().backward[(programs,)](
             *(scores, psi, theta, v, grad_out, grad_new),
             *(grad_scores, grad_psi, grad_theta, grad_v),
-            *scores.stride(),
-            *(scores if grad_new is None else grad_new).stride(),
             *_sizes(v, grid, tiles, num_heads),
             **_options(v, grid, num_heads),
         )
-    if grad_psi is not None:
-        grad_psi = grad_psi.sum(0).to(psi.dtype)
-    if grad_theta is not None:
-        grad_theta = grad_theta.sum(0).to(theta.dtype)
-    # An operator returns tensors, always.
-    grads = grad_v, grad_scores, grad_psi, grad_theta
-    return tuple(v.new_empty(0) if grad is None else grad for grad in grads)
+    return grad_v, grad_scores, grad_psi.sum(0).to(psi.dtype), grad_theta.sum(0).to(theta.dtype)
+
+
+def _plainly_laid(x: Tensor) -> Tensor:
+    """``x``, contiguous and from a multiple of 16 bytes on: for all else Triton compiles anew."""
+    x = x.contiguous()
+    return x if x.data_ptr() % 16 == 0 else x.clone()
 
 
 def _shapes(v: Tensor, scores: Tensor, *_: object) -> tuple[Tensor, Tensor]:
-    """Tensors like those that :func:`_forward` returns."""
-    return torch.empty_like(v), scores.new_empty(scores.shape)
+    """Tensors like those that :func:`launch_forward` returns."""
+    return v.new_empty(v.shape), scores.new_empty(scores.shape)
 
 
 def _backward_shapes(
-    v: Tensor, scores: Tensor, psi: Tensor, theta: Tensor, *more: Any
+    v: Tensor, scores: Tensor, psi: Tensor, theta: Tensor, *_: object
 ) -> tuple[Tensor, ...]:
-    """Tensors like those that :func:`_backward` returns."""
-    grad_out, needed = more[0], more[-1]
-    there = needed[0] and grad_out is not None, *needed[1:]
-    tensors = zip((v, scores, psi, theta), there, strict=True)
-    return tuple(t.new_empty(t.shape if is_there else 0) for t, is_there in tensors)
+    """Tensors like those that :func:`launch_backward` returns."""
+    return tuple(t.new_empty(t.shape) for t in (v, scores, psi, theta))
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     ctx.save_for_backward(*inputs[:4])
     ctx.sizes = inputs[4:]
-    ctx.set_materialize_grads(False)
 
 
-def _differentiate(
-    ctx: Any, grad_out: Tensor | None, grad_new: Tensor | None
-) -> tuple[Tensor | None, ...]:
-    if grad_out is None and grad_new is None:
-        return (None,) * 7
-    needed = list(ctx.needs_input_grad[:4])
+def _differentiate(ctx: Any, grad_out: Tensor, grad_new: Tensor) -> tuple[Tensor | None, ...]:
     grads = torch.ops.mmlavit.less_attention_backward(
-        *ctx.saved_tensors, grad_out, grad_new, *ctx.sizes, needed
+        *ctx.saved_tensors, grad_out, grad_new, *ctx.sizes
     )
-    needed[0] = needed[0] and grad_out is not None
-    found = [g if is_there else None for g, is_there in zip(grads, needed, strict=True)]
-    return *found, *[None] * len(ctx.sizes)
+    return *grads, *[None] * len(ctx.sizes)
 
 
 # What torch.compile sees is one operation. Triton 3 comes with torch 2.4, and so does this.
-if hasattr(torch.library, 'custom_op'):
+_HAS_CUSTOM_OPS = hasattr(torch.library, 'custom_op')
+if _HAS_CUSTOM_OPS:
     _TENSORS = 'Tensor v, Tensor scores, Tensor psi, Tensor theta'
     _SIZES = 'int height, int width, int window'
     _less_attention = torch.library.custom_op(
         'mmlavit::less_attention',
-        _forward,
+        launch_forward,
         mutates_args=(),
         schema=f'({_TENSORS}, {_SIZES}) -> (Tensor, Tensor)',
     )
@@ -203,9 +218,9 @@ if hasattr(torch.library, 'custom_op'):
     _less_attention.register_autograd(_differentiate, setup_context=_keep)
     torch.library.custom_op(
         'mmlavit::less_attention_backward',
-        _backward,
+        launch_backward,
         mutates_args=(),
-        schema=f'({_TENSORS}, Tensor? grad_out, Tensor? grad_new, {_SIZES}, bool[] needed)'
+        schema=f'({_TENSORS}, Tensor grad_out, Tensor grad_new, {_SIZES})'
         ' -> (Tensor, Tensor, Tensor, Tensor)',
     ).register_fake(_backward_shapes)
 
@@ -222,7 +237,7 @@ def _options(v: Tensor, grid: WindowGrid, num_heads: int) -> dict[str, Any]:
         HEAD_DIM=head_dim,
         N=_tile_side(grid.window**2),
         D=_tile_side(head_dim),
-        PRECISION='tf32' if _allows_tf32() else 'ieee',
+        PRECISION='tf32' if allows_tf32() else 'ieee',
         HALF=v.dtype == torch.float16,
         num_warps=4 if v.element_size() == 2 else 8,
         num_stages=1,
@@ -234,7 +249,7 @@ def _tile_side(size: int) -> int:
     return max(16, 1 << (size - 1).bit_length())
 
 
-def _allows_tf32() -> bool:
+def allows_tf32() -> bool:
     """Whether float32 products on a GPU may round to TF32, as for any matrix product."""
     matmul = torch.backends.cuda.matmul
     # Since torch 2.9. Whoever sets it may not ask for the other.
@@ -243,72 +258,42 @@ def _allows_tf32() -> bool:
     return matmul.allow_tf32
 
 
-def _linear_dtype(x: Tensor) -> torch.dtype:
-    """The type of what a linear layer makes of ``x``."""
-    return autocast_dtype(x) if autocasts(x) else x.dtype
-
-
 @functools.cache
-def _processors(device: torch.device) -> int:
-    if device.type != 'cuda':
-        return 1
-    return torch.cuda.get_device_properties(device).multi_processor_count
+def backward_programs(device: torch.device) -> int:
+    """The most programs that a backward pass is divided among; they take the tiles by turns."""
+    processors = 1
+    if device.type == 'cuda':
+        processors = torch.cuda.get_device_properties(device).multi_processor_count
+    return BACKWARD_PROGRAMS * processors
 
 
 @functools.cache
 def _kernels() -> Any:
-    """The kernels, or None without a Triton of version 3 or newer."""
+    """The kernels, or None without a Triton of version 3 or newer and a torch that goes with it."""
     try:
         import triton
+
+        if int(triton.__version__.partition('.')[0]) < 3 or not _HAS_CUSTOM_OPS:
+            return None
+        from . import fused_kernels
     except ModuleNotFoundError:
         return None
-    if int(triton.__version__.partition('.')[0]) < 3:
+    except Exception as error:
+        warnings.warn(
+            f'Triton cannot be imported ({type(error).__name__}: {error}), so less-attention '
+            'layers go through PyTorch step by step',
+            stacklevel=2,
+        )
         return None
-    from . import fused_kernels
-
     return fused_kernels
 
 
-def _runs(
-    device: torch.device, dtype: torch.dtype, window: int, head_dim: int, backward: bool
-) -> bool:
-    """Whether the kernels run, found out by running them on one window."""
-    return _try(device, dtype, window, head_dim, backward)
+def _obstacle_on(device: torch.device) -> str | None:
+    if device.type == 'cuda' and torch.cuda.get_device_capability(device) < (8, 0):
+        return 'Triton supports GPUs of compute capability 8.0 (Ampere) and newer'
+    return None if _kernels() else 'there is no Triton of version 3 or newer that works'
 
 
 # torch.compile asks while it compiles, and does not look inside. This is what
 # torch.compiler.assume_constant_result does, which takes two seconds to import.
-_runs._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
-@functools.cache
-def _try(
-    device: torch.device, dtype: torch.dtype, window: int, head_dim: int, backward: bool
-) -> bool:
-    if device.type == 'cuda' and torch.cuda.get_device_capability(device) < (8, 0):
-        # Triton supports Ampere and what came after.
-        return False
-    try:
-        kernels = _kernels()
-        if kernels is None:
-            return False
-        v = torch.zeros(1, window, window, head_dim, dtype=dtype, device=device)
-        scores = v.new_zeros(1, 1, window**2, window**2)
-        psi = theta = scores[0, 0]
-        try:
-            given, sizes = (v, scores, psi, theta), (window, window, window)
-            grads = _forward(*given, *sizes)
-            if backward:
-                _backward(*given, *grads, *sizes, (True,) * 4)
-        except kernels.triton.OutOfResources:
-            # The shared memory of smaller GPUs does not hold what float32 needs in training.
-            return False
-    except Exception as error:
-        warnings.warn(
-            f'Triton does not run on {device} ({type(error).__name__}: {error}), so '
-            'less-attention layers go through PyTorch step by step; mend Triton, or set '
-            'fused_attention=False',
-            stacklevel=2,
-        )
-        return False
-    return True
+_obstacle_on._dynamo_marked_constant = True  # type: ignore[attr-defined]

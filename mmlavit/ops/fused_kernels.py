@@ -51,12 +51,10 @@ def _tokens(
 
 
 @triton.jit
-def _pairs(tile, heads, stride_window, stride_head, stride_query, stride_key, N: tl.constexpr):
-    """Offsets (N, N) of a tile's pairs in scores (windows, heads, n, n) of these strides."""
-    window, head = tl.cast(tile // heads, tl.int64), tl.cast(tile % heads, tl.int64)
-    place = tl.arange(0, N).to(tl.int64)
-    pair = place[:, None] * stride_query + place[None, :] * stride_key
-    return window * stride_window + head * stride_head + pair
+def _matrix(index, n: tl.constexpr, N: tl.constexpr):
+    """Offsets (N, N) of the matrix of that index in a stack (matrices, n, n)."""
+    place = tl.arange(0, N)
+    return tl.cast(index, tl.int64) * n * n + place[:, None] * n + place[None, :]
 
 
 @triton.jit
@@ -86,7 +84,6 @@ def _softmax(scores, is_key):
 @triton.jit(do_not_specialize=SIZES)
 def forward(
     scores, psi, theta, v, new_scores, out,
-    stride_window, stride_head, stride_query, stride_key,
     tiles, heads, height, width, map_height, map_width,
     WINDOW: tl.constexpr, HEAD_DIM: tl.constexpr, N: tl.constexpr, D: tl.constexpr,
     PRECISION: tl.constexpr, HALF: tl.constexpr,
@@ -99,26 +96,24 @@ def forward(
     is_place = tl.arange(0, N) < n
     is_pair = is_place[:, None] & is_place[None, :]
     is_channel = tl.arange(0, D) < HEAD_DIM
-    matrix = tl.arange(0, N)[:, None] * n + tl.arange(0, N)[None, :]
-    p = tl.load(psi + matrix, mask=is_pair, other=0.0)
-    t = tl.load(theta + matrix, mask=is_pair, other=0.0)
+    p = tl.load(psi + _matrix(0, n, N), mask=is_pair, other=0.0)
+    t = tl.load(theta + _matrix(0, n, N), mask=is_pair, other=0.0)
     for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
         image, top, left, head = _locate(tile, heads, height, width, WINDOW)
         is_real = _is_within(top, left, height, width, WINDOW, N)
         is_stored = _is_within(top, left, map_height, map_width, WINDOW, N)
-        given = _pairs(tile, heads, stride_window, stride_head, stride_query, stride_key, N)
-        kept = _pairs(tile, heads, heads * n * n, n * n, n, 1, N)
+        pairs = _matrix(tile, n, N)
         tokens = _tokens(
             image, top, left, head, heads, map_height, map_width, WINDOW, HEAD_DIM, N, D
         )
 
-        a = tl.load(scores + given, mask=is_pair, other=0.0)
+        a = tl.load(scores + pairs, mask=is_pair, other=0.0)
         values = tl.load(v + tokens, mask=is_real[:, None] & is_channel[None, :], other=0.0)
 
         mixed = _saturate(tl.dot(p, a, input_precision=PRECISION), HALF).to(a.dtype)
         a = _saturate(tl.dot(mixed, tl.trans(t), input_precision=PRECISION), HALF)
         a = tl.where(is_real[:, None] & is_real[None, :], a, 0.0)
-        tl.store(new_scores + kept, a, mask=is_pair)
+        tl.store(new_scores + pairs, a, mask=is_pair)
 
         attn = _softmax(a, is_real).to(values.dtype)
         z = tl.dot(attn, values, input_precision=PRECISION)
@@ -129,77 +124,58 @@ def forward(
 def backward(
     scores, psi, theta, v, grad_out, grad_new,
     grad_scores, grad_psi, grad_theta, grad_v,
-    stride_window, stride_head, stride_query, stride_key,
-    new_stride_window, new_stride_head, new_stride_query, new_stride_key,
     tiles, heads, height, width, map_height, map_width,
     WINDOW: tl.constexpr, HEAD_DIM: tl.constexpr, N: tl.constexpr, D: tl.constexpr,
     PRECISION: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
     """Gradients of :func:`forward`, which is computed again.
 
-    Of the gradients that come in and go out, any may be None. Those of ``Psi`` and ``Theta`` are
-    (programs, n, n): what each program has summed up over its tiles.
+    Those of ``Psi`` and ``Theta`` are (programs, n, n): what each program has summed up over its
+    tiles.
     """
     n: tl.constexpr = WINDOW * WINDOW
     is_place = tl.arange(0, N) < n
     is_pair = is_place[:, None] & is_place[None, :]
     is_channel = tl.arange(0, D) < HEAD_DIM
-    matrix = tl.arange(0, N)[:, None] * n + tl.arange(0, N)[None, :]
-    p = tl.load(psi + matrix, mask=is_pair, other=0.0)
-    t = tl.load(theta + matrix, mask=is_pair, other=0.0)
+    p = tl.load(psi + _matrix(0, n, N), mask=is_pair, other=0.0)
+    t = tl.load(theta + _matrix(0, n, N), mask=is_pair, other=0.0)
     sum_psi = tl.zeros((N, N), tl.float32)
     sum_theta = tl.zeros((N, N), tl.float32)
     for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
         image, top, left, head = _locate(tile, heads, height, width, WINDOW)
         is_real = _is_within(top, left, height, width, WINDOW, N)
         is_stored = _is_within(top, left, map_height, map_width, WINDOW, N)
-        given = _pairs(tile, heads, stride_window, stride_head, stride_query, stride_key, N)
+        pairs = _matrix(tile, n, N)
         tokens = _tokens(
             image, top, left, head, heads, map_height, map_width, WINDOW, HEAD_DIM, N, D
         )
 
-        a = tl.load(scores + given, mask=is_pair, other=0.0)
+        a = tl.load(scores + pairs, mask=is_pair, other=0.0)
         mixed = _saturate(tl.dot(p, a, input_precision=PRECISION), HALF).to(a.dtype)
         new_a = _saturate(tl.dot(mixed, tl.trans(t), input_precision=PRECISION), HALF)
         new_a = tl.where(is_real[:, None] & is_real[None, :], new_a, 0.0)
 
         # The gradient of A_l: what comes in as such, and what comes through the softmax.
-        grad = tl.zeros((N, N), tl.float32)
-        if grad_new is not None:
-            new = _pairs(
-                tile, heads,
-                new_stride_window, new_stride_head, new_stride_query, new_stride_key, N,
-            )  # fmt: skip
-            grad += tl.load(grad_new + new, mask=is_pair, other=0.0).to(tl.float32)
-        if grad_out is not None:
-            is_value = is_real[:, None] & is_channel[None, :]
-            is_output = is_stored[:, None] & is_channel[None, :]
-            values = tl.load(v + tokens, mask=is_value, other=0.0)
-            grad_z = tl.load(grad_out + tokens, mask=is_output, other=0.0)
-            attn = _softmax(new_a, is_real)
-            if grad_v is not None:
-                grad_values = tl.dot(
-                    tl.trans(attn.to(values.dtype)), grad_z, input_precision=PRECISION
-                )
-                tl.store(grad_v + tokens, grad_values, mask=is_output)
-            grad_attn = tl.dot(grad_z, tl.trans(values), input_precision=PRECISION)
-            grad += attn * (grad_attn - tl.sum(attn * grad_attn, axis=1)[:, None])
+        grad = tl.load(grad_new + pairs, mask=is_pair, other=0.0).to(tl.float32)
+        is_value = is_real[:, None] & is_channel[None, :]
+        is_output = is_stored[:, None] & is_channel[None, :]
+        values = tl.load(v + tokens, mask=is_value, other=0.0)
+        grad_z = tl.load(grad_out + tokens, mask=is_output, other=0.0)
+        attn = _softmax(new_a, is_real)
+        grad_values = tl.dot(tl.trans(attn.to(values.dtype)), grad_z, input_precision=PRECISION)
+        tl.store(grad_v + tokens, grad_values, mask=is_output)
+        grad_attn = tl.dot(grad_z, tl.trans(values), input_precision=PRECISION)
+        grad += attn * (grad_attn - tl.sum(attn * grad_attn, axis=1)[:, None])
         grad = tl.where(is_real[:, None] & is_real[None, :], grad, 0.0)
         grad = _unless_saturated(grad, new_a, HALF).to(a.dtype)
 
         # A_l = Psi A_{l-1} Theta^T, so that A_{l-1} gets Psi^T grad Theta and so on.
         grad_mixed = tl.dot(grad, t, input_precision=PRECISION).to(a.dtype)
         grad_mixed = _unless_saturated(grad_mixed, mixed, HALF)
-        if grad_theta is not None:
-            sum_theta = tl.dot(tl.trans(grad), mixed, sum_theta, input_precision=PRECISION)
-        if grad_psi is not None:
-            sum_psi = tl.dot(grad_mixed, tl.trans(a), sum_psi, input_precision=PRECISION)
-        if grad_scores is not None:
-            grad_a = tl.dot(tl.trans(p), grad_mixed, input_precision=PRECISION)
-            kept = _pairs(tile, heads, heads * n * n, n * n, n, 1, N)
-            tl.store(grad_scores + kept, grad_a, mask=is_pair)
-    part = tl.cast(tl.program_id(0), tl.int64) * n * n + matrix
-    if grad_theta is not None:
-        tl.store(grad_theta + part, sum_theta, mask=is_pair)
-    if grad_psi is not None:
-        tl.store(grad_psi + part, sum_psi, mask=is_pair)
+        sum_theta = tl.dot(tl.trans(grad), mixed, sum_theta, input_precision=PRECISION)
+        sum_psi = tl.dot(grad_mixed, tl.trans(a), sum_psi, input_precision=PRECISION)
+        grad_a = tl.dot(tl.trans(p), grad_mixed, input_precision=PRECISION)
+        tl.store(grad_scores + pairs, grad_a, mask=is_pair)
+    part = _matrix(tl.program_id(0), n, N)
+    tl.store(grad_theta + part, sum_theta, mask=is_pair)
+    tl.store(grad_psi + part, sum_psi, mask=is_pair)

@@ -39,6 +39,8 @@ def serves(blocks: Sequence[nn.Module], x: Tensor) -> bool:
         # Whoever wants samples of a model puts its dropouts alone into training.
         and not any(part.training for block in blocks for part in block.modules())
         and os.environ.get('TRITON_INTERPRET') != '1'
+        # Whoever forces the kernel of a GPU is to hear that this is none.
+        and not any(getattr(part, 'fused', None) is True for b in blocks for part in b.children())
         and are_plain(blocks)
     )
 

@@ -1,13 +1,15 @@
-"""Equation 5 on a map of values: plain, or in one Triton kernel (fused_attention.py)."""
+"""Equation 5 on a map of values: plain, or in one Triton kernel. The one place that chooses."""
 
 from __future__ import annotations
+
+from typing import Literal
 
 from torch import Tensor, nn
 
 from ..models.windows import WindowGrid
-from .attend import attend
-from .fused_attention import can_fuse, fused_less_attention
-from .scores import two_sided_linear, zero_padded_pairs
+from .fused_attention import fused_less_attention, obstacle
+from .fused_check import has_agreed
+from .plain_less_attention import plain_less_attention
 
 
 def less_attention(
@@ -17,7 +19,7 @@ def less_attention(
     theta: Tensor,
     grid: WindowGrid,
     attn_drop: nn.Module,
-    fused: bool = True,
+    fused: bool | Literal['auto'] = 'auto',
 ) -> tuple[Tensor, Tensor]:
     """``A_l = Psi A_{l-1} Theta^T``, ``Z = softmax(A_l) V``.
 
@@ -28,19 +30,28 @@ def less_attention(
         theta: (n, n).
         grid: Grid of the windows.
         attn_drop: Dropout on the attention.
-        fused: Whether one kernel may compute it.
+        fused: Whether one kernel computes it: True and False say so, ``'auto'`` has it where it can
+            run (:func:`~mmlavit.ops.fused_attention.obstacle`) and has agreed with PyTorch
+            (:func:`~mmlavit.ops.fused_check.has_agreed`).
 
     Returns:
         ``Z``, a map like ``v``, and ``A_l`` (windows, heads, n, n), 0 at padded pairs.
+
+    Raises:
+        RuntimeError: If ``fused`` is True and the kernel cannot run.
     """
-    given = scores, psi, theta, grid
-    if fused and _does_nothing(attn_drop) and can_fuse(v, *given):
-        return fused_less_attention(v, *given)
-    scores = two_sided_linear(scores, psi, theta)
-    if grid.padded:
-        scores = zero_padded_pairs(scores, grid)
-    values = grid.partition(v, 1, scores.shape[1])[0]
-    return grid.merge(attend(scores, values, grid, attn_drop)), scores
+    given = v, scores, psi, theta, grid
+    if fused:
+        why_not = None if _does_nothing(attn_drop) else 'attention dropout is active or watched'
+        why_not = why_not or obstacle(*given)
+        if fused is True and why_not:
+            raise RuntimeError(
+                f"fused_attention=True, but the kernel cannot run: {why_not}; with 'auto', PyTorch "
+                'computes what the kernel cannot'
+            )
+        if not why_not and (fused is True or has_agreed(v, scores, grid)):
+            return fused_less_attention(*given)
+    return plain_less_attention(*given, attn_drop)
 
 
 def _does_nothing(drop: nn.Module) -> bool:

@@ -221,7 +221,7 @@ def test_signature_is_what_users_of_openmmlab_expect():
         qkv_bias=True,
         frozen_stages=-1,
         with_cp=False,
-        fused_attention=True,
+        fused_attention='auto',
         init_cfg=None,
     )
 

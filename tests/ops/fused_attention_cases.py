@@ -20,8 +20,7 @@ from torch._dynamo.backends.common import aot_autograd
 from mmlavit.analysis.replacement import replaced
 from mmlavit.models.attention import LessAttention
 from mmlavit.models.windows import WindowGrid
-from mmlavit.ops import fused_attention
-from mmlavit.ops.fused_attention import can_fuse, fused_less_attention
+from mmlavit.ops.fused_attention import fused_less_attention, obstacle
 from mmlavit.ops.scores import zero_padded_pairs
 
 INTERPRETED = os.environ.get('TRITON_INTERPRET') == '1'
@@ -57,7 +56,10 @@ def _bfloat16_products():
 
 
 class Calls:
-    """Counts the calls of the fused operation, as PyTorch's profiler sees them."""
+    """Counts the calls of the fused operation, as PyTorch's profiler sees them.
+
+    Comparing it with PyTorch on first use is none of them.
+    """
 
     def __init__(self) -> None:
         self._tiles: list[int] = []
@@ -358,7 +360,7 @@ def test_autocast():
         with torch.autocast(DEVICE, dtype=dtype):
             plain, ours = (run(layer, x, grid, given, fused) for fused in (False, True))
             assert [t.dtype for t in ours] == [t.dtype for t in plain] == [dtype, dtype]
-            assert can_fuse(x, given, layer.psi, layer.theta, grid)
+            assert obstacle(x, given, layer.psi, layer.theta, grid) is None
             worse = {
                 k: g.clone() for k, g in gradients(layer, x, grid, given, False, 'both').items()
             }
@@ -401,8 +403,9 @@ def test_the_switch(calls):
     with torch.no_grad():
         moved(small_lavit(fused_attention=False), torch.float32)(x)
         assert calls() == []
-        moved(small_lavit(), torch.float32)(x)
-        assert len(calls()) == 4
+        for count, fused in ((4, 'auto'), (8, True)):
+            moved(small_lavit(fused_attention=fused), torch.float32)(x)
+            assert len(calls()) == count
 
 
 def test_compiled_it_is_one_operation(calls):
@@ -429,7 +432,7 @@ class TestLeftToPyTorch:
     def check(self, calls, layer=None, dtype=torch.float32, window=4, function=None) -> None:
         grid = WindowGrid(window, window, window)
         layer = moved(layer or layer_for(window, 32), dtype)
-        layer.fused = True
+        assert layer.fused == 'auto'
         x, scores = moved(images(1, window, window, 64), dtype), moved(scores_for(grid, 1), dtype)
         out, _ = (layer if function is None else function)(x, grid, scores)
         assert calls() == []
@@ -485,47 +488,18 @@ class TestLeftToPyTorch:
         with torch.no_grad():
             self.check(calls, layer, function=mapped)
 
-    def test_a_triton_that_fails(self, calls, monkeypatch):
-        def fails(*_: object) -> None:
-            raise RuntimeError('Failed to find C compiler')
 
-        fused_attention._try.cache_clear()
-        monkeypatch.setattr(fused_attention, '_forward', fails)
-        with pytest.warns(UserWarning, match='Failed to find C compiler.*fused_attention=False'):
-            self.check(calls)
-        self.check(calls)  # says it once
-        fused_attention._try.cache_clear()
-
-    def test_a_gpu_too_small(self, calls, monkeypatch):
-        import triton
-
-        def fails(*_: object) -> None:
-            raise triton.OutOfResources(163840, 101376, 'shared memory')
-
-        fused_attention._try.cache_clear()
-        monkeypatch.setattr(fused_attention, '_backward', fails)
-        self.check(calls)
-        with torch.no_grad():
-            layer = moved(layer_for(4, 32), torch.float32)
-            scores = moved(scores_for(WindowGrid(4, 4, 4), 1), torch.float32)
-            x = moved(images(1, 4, 4, 64), torch.float32)
-            layer(x, WindowGrid(4, 4, 4), scores)
-        assert len(calls()) == 1, 'the forward pass alone fits'
-        fused_attention._try.cache_clear()
-
-
-@pytest.mark.skipif(INTERPRETED, reason='takes 4 GiB, which the interpreter would copy')
+@pytest.mark.skipif(INTERPRETED, reason='takes 12 GiB, which the interpreter would copy')
 @torch.no_grad()
 def test_scores_of_more_than_two_to_the_31_elements():
-    far = 2**31 + 16
-    grid = WindowGrid(4, 8, 4)
-    layer, scores = (
-        moved(layer_for(4, 32), torch.float16),
-        moved(scores_for(grid, 1), torch.float16),
-    )
-    sparse = scores.new_zeros(far + scores[0].numel())
-    sparse = sparse.as_strided(scores.shape, (far, *scores.stride()[1:])).copy_(scores)
-    x = moved(images(1, 4, 8, 64), torch.float16)
-    expected = run(layer, x, grid, scores, fused=True)
-    for ours, right in zip(run(layer, x, grid, sparse, fused=True), expected, strict=True):
-        assert torch.equal(ours, right)
+    last = WindowGrid(8, 8, 8)
+    windows = 2**31 // 64**2 + 1
+    layer = moved(layer_for(8, 16, heads=1), torch.float16)
+    scores = moved(scores_for(last, 1, heads=1), torch.float16)
+    v = moved(images(1, 8, 8, 16), torch.float16)
+    many_scores, many = scores.new_zeros(windows, *scores.shape[1:]), v.new_zeros(windows, 8, 8, 16)
+    many_scores[-1:], many[-1:] = scores, v
+    found = fused_less_attention(many, many_scores, layer.psi, layer.theta, last)
+    expected = fused_less_attention(v, scores, layer.psi, layer.theta, last)
+    for ours, right in zip(found, expected, strict=True):
+        assert torch.equal(ours[-1:], right)
