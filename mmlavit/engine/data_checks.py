@@ -145,8 +145,7 @@ def check_classes(model: nn.Module, dataset: Any) -> None:
         DataError: If a head has another ``num_classes``, or the classes are no list of names.
     """
     metainfo = getattr(dataset, 'metainfo', None)
-    classes = metainfo.get('classes') if isinstance(metainfo, Mapping) else None
-    if classes is None:
+    if not isinstance(metainfo, Mapping) or (classes := metainfo.get('classes')) is None:
         return
     name = type(dataset).__name__
     if isinstance(classes, str):
@@ -175,7 +174,9 @@ def _heads(model: nn.Module) -> Iterator[tuple[str, Any]]:
         mixes = kind == 'data_preprocessor' and getattr(module, 'batch_augments', None)
         counts = isinstance(getattr(module, 'num_classes', None), int)
         edges = hasattr(module, 'boundary_threshold')
-        agnostic = getattr(module, 'class_agnostic', False)
+        # An RPN tells things from the rest, whatever the things are.
+        proposes = any(base.__name__.endswith('RPNHead') for base in type(module).__mro__)
+        agnostic = proposes or getattr(module, 'class_agnostic', False)
         if (kind in HEADS or mixes) and counts and not edges and not agnostic:
             yield path.removeprefix('module.'), module
 
@@ -197,7 +198,7 @@ def check_labels(model: nn.Module, dataset: Any) -> None:
             than a head can tell.
     """
     heads = [(path, head) for path, head in _heads(model) if path != 'data_preprocessor']
-    ignored = {_IGNORED, *(getattr(head, 'ignore_index', None) for _, head in heads)}
+    ignored = {_IGNORED, *(getattr(head, 'ignore_index', _IGNORED) for _, head in heads)}
     for leaf in _leaves(dataset):
         name = type(leaf).__name__
         classes = leaf.metainfo.get('classes')
