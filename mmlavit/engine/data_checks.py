@@ -135,7 +135,9 @@ def check_classes(model: nn.Module, dataset: Any) -> None:
     """Hold the classes of every head against those of the data.
 
     What does not tell the classes of the data apart may have another number: heads that are the
-    same for all classes, edges beside a segmentation, the things of a panoptic data set.
+    same for all classes, edges beside a segmentation, words that a text may have, the detector in a
+    tracker. A head may also count the things of a panoptic data set alone, or leave out a first
+    class called background.
 
     Args:
         model: A detector, segmentor or classifier, wrapped or not.
@@ -154,6 +156,8 @@ def check_classes(model: nn.Module, dataset: Any) -> None:
             f'{classes!r}; write ({classes!r},)'
         )
     allowed = {len(classes), len(metainfo.get('thing_classes') or classes)}
+    if len(classes) and str(classes[0]).lower() == 'background':
+        allowed.add(len(classes) - 1)
     for path, module in _heads(model):
         # Of two classes, a head may have the output of the second alone.
         binary = getattr(module, 'out_channels', None) == 1 and len(classes) == 2
@@ -167,7 +171,13 @@ def check_classes(model: nn.Module, dataset: Any) -> None:
 
 def _heads(model: nn.Module) -> Iterator[tuple[str, Any]]:
     """Path and module of all that tells the classes of the data apart."""
-    for path, module in model.named_modules():
+    inner = model.module if hasattr(model, 'module') else model
+    if hasattr(inner, 'language_model'):
+        # Its heads count words.
+        return
+    for path, module in inner.named_modules():
+        if path.startswith(('detector.', 'reid.')):
+            continue
         # Heads in a list (cascades) have numbers after their names.
         kind = re.sub(r'(\.\d+)+$', '', path).rpartition('.')[2]
         # It mixes images and their classes, if at all.
@@ -178,7 +188,7 @@ def _heads(model: nn.Module) -> Iterator[tuple[str, Any]]:
         proposes = any(base.__name__.endswith('RPNHead') for base in type(module).__mro__)
         agnostic = proposes or getattr(module, 'class_agnostic', False)
         if (kind in HEADS or mixes) and counts and not edges and not agnostic:
-            yield path.removeprefix('module.'), module
+            yield path, module
 
 
 def _some(names: Sequence) -> str:

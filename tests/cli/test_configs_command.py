@@ -150,7 +150,8 @@ def test_new_finds_what_it_needs(call, layout):
     data = make_data(Path('things'), layout)
     code, out, err = call('new', '--from', 'maskrcnn_lavit_s_coco', '--data', data)
     assert (code, err) == (0, '')
-    rows = [line.rsplit(maxsplit=2) for line in out.splitlines()[1:-1]]
+    _, _, table = out.partition('validate on\n')
+    rows = [line.rsplit(maxsplit=2) for line in table.splitlines()[:-1]]
     assert rows == [[name, '2', '1'] for name in NAMES]
     cfg = Config.fromfile('maskrcnn_lavit_s_coco_things.py')
     assert cfg.model.roi_head.bbox_head.num_classes == 3

@@ -43,10 +43,19 @@ def build(name: str, **changes: object) -> tuple[nn.Module, SimpleNamespace]:
     cfg.merge_from_dict(changes)
     with DefaultScope.overwrite_default_scope(scope), torch.device('meta'):
         model = registry(scope).MODELS.build(cfg.model)
-        dataset = cfg.train_dataloader.dataset
-        dataset = getattr(dataset, 'dataset', dataset)
+        dataset = (cfg.train_dataloader or cfg.val_dataloader).dataset
+        dataset = dataset.get('dataset', dataset)
         metainfo = registry(scope).DATASETS.get(dataset.type).METAINFO
     return model, SimpleNamespace(metainfo={**metainfo, **dataset.get('metainfo', {})})
+
+
+class Head(nn.Module):
+    """What the checks look at of a head."""
+
+    def __init__(self, num_classes: int, **options: object) -> None:
+        super().__init__()
+        self.num_classes = num_classes
+        vars(self).update(options)
 
 
 # Configs of the toolboxes, and an option by which one of their heads has another number.
@@ -63,6 +72,8 @@ HARMLESS = {
     'mmseg::stdc/stdc1_4xb12-80k_cityscapes-512x1024.py': 'decode_head.num_classes',
     # The zero label is none of its 150 classes.
     'mmseg::fcn/fcn_r50-d8_4xb4-80k_ade20k-512x512.py': 'auxiliary_head.num_classes',
+    # It follows pedestrians, of 13 classes.
+    'mmdet::sort/sort_faster-rcnn_r50_fpn_8xb2-4e_mot17halftrain_test-mot17halfval.py': None,
     'mmpretrain::swin_transformer/swin-tiny_16xb64_in1k.py': 'head.num_classes',
 }
 
@@ -87,6 +98,21 @@ def test_masks_that_are_the_same_for_all_classes():
     check_classes(*build(name, **options, **{'model.roi_head.mask_head.class_agnostic': True}))
 
 
+def test_heads_that_count_something_else():
+    """Words of a text (Grounding DINO), and classes but the background (SAN)."""
+    model = nn.ModuleDict({'bbox_head': Head(256), 'backbone': nn.Identity()})
+    dataset = SimpleNamespace(metainfo=dict(classes=('background', 'a', 'b')))
+    with pytest.raises(DataError, match='num_classes=256'):
+        check_classes(model, dataset)
+    model.language_model = nn.Identity()
+    check_classes(model, dataset)
+    model = nn.Module()
+    model.module = nn.ModuleDict({'decode_head': Head(2)})
+    check_classes(model, dataset)
+    with pytest.raises(DataError, match='^decode_head has num_classes=2, .* 3 classes'):
+        check_classes(model, SimpleNamespace(metainfo=dict(classes=('a', 'b', 'c'))))
+
+
 @pytest.mark.parametrize('augments, refused', [(None, False), ({'type': 'Mixup'}, True)])
 def test_classes_of_the_preprocessor_count_where_images_are_mixed(augments, refused):
     preprocessor = nn.Module()
@@ -101,15 +127,6 @@ def test_classes_of_the_preprocessor_count_where_images_are_mixed(augments, refu
 
 
 # ---- Labels, of data sets as the toolboxes read them ---------------------------------------------
-
-
-class Head(nn.Module):
-    """What the checks look at of a head."""
-
-    def __init__(self, num_classes: int, **options: object) -> None:
-        super().__init__()
-        self.num_classes = num_classes
-        vars(self).update(options)
 
 
 @pytest.fixture(scope='module')
