@@ -171,7 +171,7 @@ def check_classes(model: nn.Module, dataset: Any) -> None:
 
 def _heads(model: nn.Module) -> Iterator[tuple[str, Any]]:
     """Path and module of all that tells the classes of the data apart."""
-    inner = model.module if hasattr(model, 'module') else model
+    inner: Any = getattr(model, 'module', model)  # out of a wrapper of DDP
     if hasattr(inner, 'language_model'):
         # Its heads count words.
         return

@@ -41,7 +41,7 @@ def build(name: str, **changes: object) -> tuple[nn.Module, SimpleNamespace]:
     path, _ = Config._get_cfg_path(name, '')
     cfg = Config.fromfile(path)
     cfg.merge_from_dict(changes)
-    with DefaultScope.overwrite_default_scope(scope), torch.device('meta'):
+    with DefaultScope.overwrite_default_scope(scope):
         model = registry(scope).MODELS.build(cfg.model)
         dataset = (cfg.train_dataloader or cfg.val_dataloader).dataset
         dataset = dataset.get('dataset', dataset)
