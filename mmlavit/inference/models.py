@@ -56,6 +56,7 @@ class Predictor(ABC):
         self.model = self.by.model
         self.threshold = threshold
         self.classes: Sequence[str] = ()
+        self.images: list[dict] = []
 
     def name_classes(self, meta: Mapping[str, Any]) -> None:
         """Take the names of classes, and their colours, from a data set's ``metainfo``."""
@@ -107,14 +108,13 @@ class Detector(Predictor):
 
     def __init__(self, cfg: Config, device: str, threshold: float) -> None:
         super().__init__(cfg, device, threshold)
-        self.images: list[dict] = []
         self.annotations: list[dict] = []
 
     def name_classes(self, meta: Mapping[str, Any]) -> None:
         """Take the names of classes; colours that the config has go first."""
         super().name_classes(meta)
         palette = self.model.dataset_meta.get('palette', 'random')
-        self.model.dataset_meta = {'classes': self.classes, 'palette': palette}
+        self.model.dataset_meta = {'classes': self.classes or None, 'palette': palette}
         self.by.visualizer.dataset_meta = self.model.dataset_meta
 
     def predict(self, images: Sequence[Image]) -> list[Any]:
@@ -133,11 +133,11 @@ class Detector(Predictor):
         """Keep all boxes and masks, also those with a low score."""
         from pycocotools import mask
 
-        found = self.by.pred2dict(sample)
-        if 'bboxes' not in found:
+        if 'pred_instances' not in sample:
             raise InferenceError(
                 f'{type(self.model).__name__} finds no boxes; boxes and masks are written'
             )
+        found = self.by.pred2dict(sample)
         self.images.append(image)
         masks = found.get('masks') or [None] * len(found['labels'])
         for label, score, box, rle in zip(
@@ -182,13 +182,12 @@ class Segmentor(Predictor):
 
     def __init__(self, cfg: Config, device: str, threshold: float) -> None:
         super().__init__(cfg, device, threshold)
-        self.images: list[dict] = []
         self.palette: list = []
 
     def name_classes(self, meta: Mapping[str, Any]) -> None:
         """Take the names of classes and their colours."""
         super().name_classes(meta)
-        number = self.model.decode_head.num_classes
+        number = self.model.num_classes
         names = [self.call(label) for label in range(number)]
         self.palette = list(meta.get('palette') or ())
         if len(self.palette) != number:
@@ -229,7 +228,6 @@ class Classifier(Predictor):
 
     def __init__(self, cfg: Config, device: str, threshold: float) -> None:
         super().__init__(cfg, device, threshold)
-        self.images: list[dict] = []
         self.drawer: Any = None
 
     def draw(self, pixels: np.ndarray, sample: Any) -> np.ndarray:
