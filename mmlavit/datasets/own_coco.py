@@ -44,7 +44,7 @@ class Annotations:
 
     @cached_property
     def classes(self) -> list[str]:
-        """The names of the categories, in the order of the file: mmdet counts them so."""
+        """The names of the categories, in the order of the file, as mmdet counts them."""
         return [category['name'] for category in self.content['categories']]
 
     @cached_property

@@ -412,7 +412,11 @@ def stem_without_gelu(stem: ConvStem, x: Tensor) -> Tensor:
 FAULTS = {
     'padded keys not masked': ('attend', 'key_mask', no_mask),
     'padded pairs not cleared in inference': ('inference', 'fill_padded', no_fill),
-    'padded pairs not cleared': ('less_attention', 'zero_padded_pairs', lambda scores, _: scores),
+    'padded pairs not cleared': (
+        'plain_less_attention',
+        'zero_padded_pairs',
+        lambda scores, _: scores,
+    ),
     'Psi for Theta': ('inference', 'two_sided_linear', psi_and_theta_swapped),
     'every slab the first one': ('inference', 'cut_into_slabs', slabs_from_the_top),
     'the residual turned': ('halve_pairs', '_rows_of_keys', rows_for_columns),
