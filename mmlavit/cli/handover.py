@@ -65,10 +65,12 @@ def main() -> None:
         name = sys.argv.pop(1)
         prog = f'{prog} {name}'
     elif {'-h', '--help'} & set(sys.argv):
-        script = launch.find_script(name, sys.argv[1:])
+        argv = launch.with_config_path(sys.argv[1:])
+        script = launch.find_script(name, argv)
         toolbox = script.parts[script.parts.index('.mim') - 1]
+        others = '' if launch.find_config(argv) else ', for there is no config that names another'
         print(_HELP[command].format(script=name))
-        print(f"The help of {toolbox}'s own {name}; name a config to have that of its toolbox:\n")
+        print(f"The help of {toolbox}'s own {name}{others}:\n")
     launch.main(name, prog)
 
 

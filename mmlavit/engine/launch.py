@@ -186,7 +186,7 @@ def main(name: str, prog: str | None = None) -> None:
         name: ``'train.py'``, ``'test.py'``, or another script, see :func:`find_script`.
         prog: What the script's help and errors call it; None for its own name.
     """
-    sys.argv[1:2] = [str(config_path(arg)) for arg in sys.argv[1:2]]
+    sys.argv[1:] = with_config_path(sys.argv[1:])
     try:
         script = find_script(name, sys.argv[1:])
     except LaunchError as error:
@@ -210,6 +210,11 @@ def main(name: str, prog: str | None = None) -> None:
             raise
         _fail(message)
     leave_process_group()
+
+
+def with_config_path(argv: list[str]) -> list[str]:
+    """Arguments with the path of a config of ours in the place of its name, if that comes first."""
+    return [*(str(config_path(arg)) for arg in argv[:1]), *argv[1:]]
 
 
 def run_script(script: Path, prog: str | None = None) -> None:

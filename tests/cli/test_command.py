@@ -97,13 +97,20 @@ def test_every_command_has_help_under_its_own_name(call, command):
 
 @pytest.mark.parametrize('command', ['train', 'test'])
 @pytest.mark.parametrize(
-    'config', [None, 'maskrcnn_lavit_n_shapes', 'upernet_lavit_n_shapes', 'lavit_n_shapes']
+    'config, toolbox',
+    [
+        (None, 'mmdet'),
+        ('maskrcnn_lavit_n_shapes', 'mmdet'),
+        ('upernet_lavit_n_shapes', 'mmseg'),
+        ('lavit_n_shapes', 'mmpretrain'),
+    ],
 )
-def test_help_of_train_and_test_is_ours_and_the_toolboxs(call, command, config):
+def test_help_of_train_and_test_is_ours_and_the_toolboxs(call, command, config, toolbox):
     outcome = call(command, *[config] * (config is not None), '--help')
     assert outcome.code == 0
     ours, _, theirs = outcome.out.partition('usage: ')
     assert f'torchrun --nproc_per_node=8 -m mmlavit {command}' in ours
+    assert f"{toolbox}'s own {command}.py" in ours
     path = ROOT / 'configs' / f'{config or "maskrcnn_lavit_n_shapes"}.py'
     original = options(call(path, '--help', script=f'{command}.py').out)
     assert original > {'--help', '--cfg-options', '--launcher', '--work-dir'}
