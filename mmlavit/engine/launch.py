@@ -134,6 +134,11 @@ def find_script(name: str, argv: list[str]) -> Path:
     """
     config = find_config(argv)
     if config is None:
+        given = argv[0] if name in ('train.py', 'test.py') and argv else '-'
+        if not given.startswith('-') and not Path(given).exists():
+            raise LaunchError(
+                f"config file not found: {given}; 'mmlavit configs' lists those that have a name"
+            )
         package = next(filter(is_installed, PACKAGES), None)
         if package is None:
             raise LaunchError(

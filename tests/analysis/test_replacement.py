@@ -446,8 +446,8 @@ def test_a_classifier_loses_what_it_loses_by_other_means(project, monkeypatch, c
             assert error == pytest.approx(change['errors']['accuracy/top1'], abs=0.0501)
 
 
-def weights_of(config: Path, folder: Path, **fill: float) -> str:
-    """A checkpoint of the model of a config, whose LayerScale and Q, K are filled."""
+def weights_of(config: Path, folder: Path) -> str:
+    """A checkpoint of the model of a config: LayerScale is 0, attention far from even."""
     from mmlavit.analysis.loading import build_model
 
     generator = seeded(5)
@@ -458,7 +458,7 @@ def weights_of(config: Path, folder: Path, **fill: float) -> str:
         if name.endswith('layer_scale'):
             weight.data.zero_()
         if name.endswith('qkv.weight'):
-            weight.data += 0.3 * torch.randn(weight.shape, generator=generator)
+            weight.data += torch.randn(weight.shape, generator=generator)
     torch.save(model.state_dict(), folder / 'start.pth')
     return 'start.pth'
 
@@ -474,7 +474,7 @@ def test_parts_that_do_nothing_cost_a_segmentor_nothing(project, monkeypatch, ca
     assert not any(c['errors'] for c in found['changes'])
     assert all(abs(p) < 1e-6 for (how, _), p in points.items() if how != 'even')
     assert len(points) == 5 + 4 + 5
-    assert abs(points['even', None]) > 1e-6
+    assert abs(points['even', None]) > 0.1
     (sentence,) = [s for s in found['sentences']['mIoU'] if 'Psi' in s]
     assert all(place in sentence for place in ('all stages', 'stage 1', 'stage 4'))
     assert sentence in capsys.readouterr().out

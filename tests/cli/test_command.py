@@ -135,6 +135,7 @@ def test_scripts_have_the_options_of_their_tools(call, script):
     'args, pieces',
     [
         (['train', 'nowhere.py'], ['config file not found: nowhere.py']),
+        (['train', 'no_such_name'], ['config file not found: no_such_name', 'mmlavit configs']),
         (['test', 'nowhere', 'weights.pth'], ['nowhere']),
         (['tool'], ['NAME', '--help']),
         (['tool', 'no_such', 'lavit_n_shapes'], ["'no_such'", 'mmlavit tool --help']),
