@@ -21,16 +21,7 @@ def plain_less_attention(
 ) -> tuple[Tensor, Tensor]:
     """``A_l = Psi A_{l-1} Theta^T``, ``Z = softmax(A_l) V``.
 
-    Args:
-        v: Map of values (B, H, W, heads * d).
-        scores: ``A_{l-1}`` (windows, heads, n, n), 0 at padded pairs.
-        psi: (n, n).
-        theta: (n, n).
-        grid: Grid of the windows.
-        attn_drop: Dropout on the attention.
-
-    Returns:
-        ``Z``, a map like ``v``, and ``A_l`` (windows, heads, n, n), 0 at padded pairs.
+    Arguments and results are those of :func:`mmlavit.ops.less_attention.less_attention`.
     """
     scores = two_sided_linear(scores, psi, theta)
     if grid.padded:
