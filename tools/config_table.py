@@ -20,14 +20,23 @@ from mmlavit.compat import repair_torchvision
 CONFIGS = Path(__file__).resolve().parent.parent / 'configs'
 PAPERS = ' Reported by the Paper'
 
-# By the first word of a config's name: what it trains, and the image (height, width) at which the
-# paper counts FLOPs.
-TASKS = {
-    'lavit': ('ImageNet-1k classification', (224, 224)),
-    'retinanet': ('RetinaNet on COCO', (800, 1280)),
-    'maskrcnn': ('Mask R-CNN on COCO', (800, 1280)),
-    'semfpn': ('Semantic FPN on ADE20K', (512, 2048)),
-    'upernet': ('UPerNet on ADE20K', (512, 2048)),
+# By the first word of a config's name: what it is.
+HEADS = {
+    'retinanet': 'RetinaNet',
+    'maskrcnn': 'Mask R-CNN',
+    'semfpn': 'Semantic FPN',
+    'upernet': 'UPerNet',
+}
+# By the last: the data, and the image (height, width) at which FLOPs are counted, which is the
+# paper's where it counts them.
+DATA = {
+    'imagenet': ('ImageNet-1k', (224, 224)),
+    'coco': ('COCO', (800, 1280)),
+    'ade20k': ('ADE20K', (512, 2048)),
+    'tinyimagenet': ('Tiny ImageNet', (64, 64)),
+    'camvid': ('CamVid', (360, 480)),
+    'dsb2018': ('DSB 2018', (512, 512)),
+    'bccd': ('BCCD', (360, 480)),
 }
 
 
@@ -85,7 +94,9 @@ def row(entry: dict) -> str:
     """The line of one config, from its entry in metafile.yml."""
     path = CONFIGS.parent / entry['Config']
     cfg = Config.fromfile(path)
-    task, image = TASKS[path.stem.split('_')[0]]
+    first, *_, last = path.stem.split('_')
+    data, image = DATA[last]
+    task = f'{HEADS[first]} on {data}' if first in HEADS else f'{data} classification'
     model = build(cfg)
     cost = gflops(model, image)
     papers_cost = entry['Metadata'].get(f'FLOPs{PAPERS}', '–').removesuffix('G')

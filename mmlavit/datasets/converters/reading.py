@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
@@ -30,14 +31,13 @@ class Download:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self._zip: zipfile.ZipFile | None = None
-        #: What tells a file from another of its name, by its size and in a zip file its checksum.
+        #: What tells a file from another of its name: its size, and in a zip file its checksum.
         self.files: dict[str, Any] = {}
         #: The same, of those that have been read.
         self.used: dict[str, Any] = {}
         if self.path.is_dir():
-            for file in sorted(self.path.rglob('*')):
-                if file.is_file():
-                    self._add(file.relative_to(self.path).as_posix(), file.stat().st_size)
+            for file in sorted(_walk(self.path)):
+                self._add(file.relative_to(self.path).as_posix(), file.stat().st_size)
         elif self.path.is_file():
             try:
                 self._zip = zipfile.ZipFile(self.path)
@@ -130,6 +130,17 @@ class Download:
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
             raise ConversionError(f'{self.place(name)} is no whole image: {error}') from error
         return image
+
+
+def _walk(root: Path) -> Iterator[Path]:
+    """All files below a folder, also through links to folders, each folder once."""
+    seen = set()
+    for folder, folders, names in os.walk(root, followlinks=True):
+        if (real := os.path.realpath(folder)) in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        yield from (path for name in names if (path := Path(folder, name)).is_file())
 
 
 def check_size(what: str, size: Sequence[float], wanted: Sequence[float]) -> None:

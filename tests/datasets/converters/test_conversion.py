@@ -221,3 +221,12 @@ def test_hidden_files_are_left_out(tmp_path):
     for name in ('.git/list.txt', '__MACOSX/list.txt', 'a/.DS_Store', 'a/b.txt'):
         write(tmp_path / name, 'x')
     assert Download(tmp_path).files == {'a/b.txt': 1}
+
+
+def test_links_to_folders_are_followed_and_may_lead_in_a_circle(tmp_path):
+    write(tmp_path / 'disk' / 'deep' / 'b.txt', 'x')
+    write(tmp_path / 'download' / 'a.txt', 'x')
+    (tmp_path / 'download' / 'linked').symlink_to(tmp_path / 'disk')
+    (tmp_path / 'disk' / 'back').symlink_to(tmp_path / 'download')
+    (tmp_path / 'disk' / 'gone').symlink_to(tmp_path / 'nowhere')
+    assert Download(tmp_path / 'download').files == {'a.txt': 1, 'linked/deep/b.txt': 1}
