@@ -20,6 +20,7 @@ README = ROOT / 'README.md'
 REPOSITORY_TOOLS = (
     'repository',
     'benchmark.py',
+    'compare_commits.py',
     'setup_env.py',
     'demo.py',
     'pretraining_curves.py',
@@ -79,8 +80,9 @@ DEV = [
     'pytest-timeout',
     'pytest-xdist',
     'ruff',
-    'scipy',  # the intervals of tools/experiments.py
+    'scipy',  # the intervals of tools/experiments.py and tools/compare_commits.py
     'tensorboard',
+    'timm',  # peers of tools/benchmark.py
     'tqdm',
     # CUDA builds of torch bring it; its interpreter runs the kernels where there is no GPU.
     "triton; sys_platform == 'linux' and platform_machine == 'x86_64'",

@@ -176,6 +176,7 @@ def test_wheel_holds_package_configs_and_tools_and_nothing_else(wheel: Path) -> 
     for name in (
         'setup_env.py',
         'benchmark.py',
+        'compare_commits.py',
         'demo.py',
         'pretraining_curves.py',
         'config_table.py',

@@ -5,15 +5,18 @@ Figures of one run compare with each other; those of two runs or two machines do
 """
 
 import argparse
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
 
-from repository.benchmark import models, report, suites, timing
-from repository.benchmark.workload import AMP, Settings, Task
+from mmlavit.export.onnx import ExportError, require_exporter
+from repository.benchmark import exported, models, report, suites, timing
+from repository.benchmark.routes import routes_differ
+from repository.benchmark.workload import PRECISIONS, Settings, Task
 
-SUITES = ('backbones', 'attention', 'detectors')
-INFERENCE = ('4x224x224', '1x512x512', '1x800x1280', '1x1600x2560')
+SUITES = ('backbones', 'attention', 'detectors', 'onnxruntime')
+INFERENCE = ('1x224x224', '4x224x224', '8x224x224', '1x512x512', '1x800x1280', '1x1600x2560')
 TRAINING = ('4x224x224', '2x512x512', '1x800x1280')
 
 
@@ -41,13 +44,13 @@ def positive(text: str) -> int:
     return int(text)
 
 
-def parse_args() -> argparse.Namespace:
+def parse_args() -> tuple[argparse.Namespace, list[Settings]]:
     """Read the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     add = parser.add_argument
-    add('--suites', nargs='+', choices=SUITES, default=SUITES, help='what to compare')
+    add('--suites', nargs='+', choices=SUITES, default=SUITES[:3], help='what to compare')
     add(
         '--models',
         nargs='+',
@@ -66,9 +69,30 @@ def parse_args() -> argparse.Namespace:
             help=f'images of the {name} comparisons; none skips them',
         )
     add('--device', choices=('cpu', 'cuda'), default='cpu', help='where to compute')
-    add('--amp', choices=AMP, help='autocast to this type; else float32')
+    add(
+        '--precision',
+        nargs='+',
+        choices=PRECISIONS,
+        default=['fp32'],
+        metavar='PRECISION',
+        help='one after the other, of fp32; bf16-amp and fp16-amp, by autocast; bf16 and fp16, '
+        'weights too',
+    )
     add('--compile', action='store_true', help='run backbones through torch.compile')
-    add('--threads', type=positive, default=torch.get_num_threads(), help='threads of PyTorch')
+    add(
+        '--threads',
+        nargs='+',
+        type=positive,
+        default=[torch.get_num_threads()],
+        help='threads of PyTorch, one number after the other',
+    )
+    add(
+        '--linear',
+        choices=('own', 'ours', 'both'),
+        default='own',
+        help="linear layers of peers: PyTorch's own route, LaViT's (oneDNN), or both beside each "
+        'other; they differ in eager fp32 on a CPU alone, and elsewhere all take one',
+    )
     add('--rounds', type=positive, default=7, help='rounds of each comparison')
     add('--no-memory', action='store_true', help='do not measure memory')
     add('--out', type=Path, default=Path('work_dirs/benchmark'), help='folder for the results')
@@ -76,35 +100,62 @@ def parse_args() -> argparse.Namespace:
     if args.out.exists() and not args.out.is_dir():
         parser.error(f'argument --out: {args.out} is not a folder')
     try:
-        Settings(args.device, args.amp, args.compile)
-    except ValueError as error:
+        settings = [
+            Settings(args.device, precision, args.compile, threads)
+            for threads in args.threads
+            for precision in args.precision
+        ]
+        if {'backbones', 'onnxruntime'} & set(args.suites):
+            models.require_packages(args.models)
+        if 'onnxruntime' in args.suites:
+            require_exporter()
+    except (ExportError, ModuleNotFoundError, ValueError) as error:
         parser.error(str(error))
-    return args
+    if args.device == 'cuda' and 'onnxruntime' in args.suites:
+        parser.error('argument --suites: onnxruntime is measured on a CPU alone')
+    if args.linear != 'own' and not any(map(routes_differ, settings)):
+        parser.error(
+            f'argument --linear: {args.linear} makes no difference here; it does in eager fp32 on '
+            'a CPU, where PyTorch has oneDNN'
+        )
+    return args, settings
 
 
 def main() -> None:
     """Run the comparisons, and keep what there is after each."""
-    args = parse_args()
-    torch.set_num_threads(args.threads)
-    settings = Settings(args.device, args.amp, args.compile)
-    rate = timing.product_rate(settings)
-    machine = report.describe_machine(settings, rate, args.rounds)
+    args, all_settings = parse_args()
+    machine = report.describe_machine(args.device, args.rounds)
     tasks = [Task('inference', shape(text)) for text in args.inference]
     tasks += [Task('training', shape(text)) for text in args.training]
-    runs = {
-        'backbones': lambda: suites.backbones(
-            args.models, tasks, settings, args.rounds, rate, not args.no_memory
-        ),
-        'attention': lambda: suites.attention(settings, args.rounds),
-        'detectors': lambda: suites.detectors(tuple(models.DETECTORS), settings, args.rounds),
-    }
     comparisons, files = [], []
-    for suite in args.suites:
-        for rows in runs[suite]():
-            comparisons.append(rows)
+    for settings in all_settings:
+        torch.set_num_threads(settings.threads)
+        for comparison in compare(args, tasks, settings):
+            comparisons.append(comparison)
+            files = report.write(args.out, machine, comparisons)
+    if 'onnxruntime' in args.suites:
+        for comparison in exported.exported(args.models, tasks, args.threads, args.rounds):
+            comparisons.append(comparison)
             files = report.write(args.out, machine, comparisons)
     print(report.markdown(machine, comparisons))
     print('written:', *files)
+
+
+def compare(
+    args: argparse.Namespace, tasks: Sequence[Task], settings: Settings
+) -> Iterator[suites.Comparison]:
+    """Run the suites in PyTorch that were asked for."""
+    routes = ('own', 'ours') if args.linear == 'both' else (args.linear,)
+    if not routes_differ(settings):
+        routes = ('own',)
+    if 'backbones' in args.suites:
+        rate = timing.product_rate(settings)
+        memory = not args.no_memory
+        yield from suites.backbones(args.models, tasks, settings, args.rounds, rate, memory, routes)
+    if 'attention' in args.suites:
+        yield from suites.attention(settings, args.rounds)
+    if 'detectors' in args.suites:
+        yield from suites.detectors(tuple(models.DETECTORS), settings, args.rounds, routes)
 
 
 if __name__ == '__main__':

@@ -101,6 +101,7 @@ def export_onnx(
     *,
     opset: int | None = None,
     dynamic: bool = True,
+    batch: int = 1,
     force: bool = False,
     seed: int = 0,
 ) -> dict[tuple[int, ...], float]:
@@ -113,10 +114,11 @@ def export_onnx(
         model: Takes images (B, C, H, W), with as many channels as its first convolution; returns a
             tensor or a sequence of tensors.
         file: Where the file goes. It comes to be there whole or not at all.
-        size: Height and width that are recorded: all that a file of fixed size takes, with one
-            image at a time, and an example of what one with dynamic axes takes.
+        size: Height and width that are recorded: all that a file of fixed size takes, and an
+            example of what one with dynamic axes takes.
         opset: Version of ONNX's operators; None for what torch takes.
         dynamic: Whether batch, height and width may be any.
+        batch: Images at a time that a file of fixed size takes; one with dynamic axes takes any.
         force: Whether to replace a file that is there.
         seed: Of the images to compare on, and of their sizes.
 
@@ -134,13 +136,13 @@ def export_onnx(
     """
     require_exporter()
     file = Path(file)
-    _check(size, opset)
+    _check(size, opset, batch)
     check_free(file, force)
     if sum(t.nbytes for t in model.state_dict().values()) > MAX_BYTES:
         raise ExportError('the weights do not fit a file of ONNX, which holds at most 2 GB')
     generator = torch.Generator().manual_seed(seed)
     # Two images, since exporters take an axis of 1 for one that is always 1.
-    shapes: list[tuple[int, ...]] = [(2 if dynamic else 1, _channels(model), *size)]
+    shapes: list[tuple[int, ...]] = [(2 if dynamic else batch, _channels(model), *size)]
     if dynamic:
         shapes += _other_shapes(shapes[0], generator)
     with in_evaluation(model), torch.no_grad():
@@ -158,11 +160,13 @@ def export_onnx(
     return differences
 
 
-def _check(size: tuple[int, int], opset: int | None) -> None:
+def _check(size: tuple[int, int], opset: int | None, batch: int) -> None:
     if len(size) != 2 or min(size) < 1:
         raise ValueError(f'size must be a height and a width of at least 1, got {size}')
     if opset is not None and opset < 18:
         raise ValueError(f'opset must be at least 18, which the exporter writes, got {opset}')
+    if batch < 1:
+        raise ValueError(f'batch must be at least 1, got {batch}')
 
 
 def check_free(file: Path, force: bool) -> None:

@@ -72,6 +72,9 @@ def test_file_is_for_all_sizes_and_replaced_only_by_force(tmp_path: Path) -> Non
     export_onnx(other, file, (20, 30), dynamic=False, force=True)
     x = torch.randn(1, 4, 20, 30, generator=seeded(1))
     assert_close(run(file, x), other(x), 1e-5)
+    export_onnx(other, file, (20, 30), dynamic=False, batch=3, force=True)
+    x = torch.randn(3, 4, 20, 30, generator=seeded(1))
+    assert_close(run(file, x), other(x), 1e-5)
     assert list(tmp_path.iterdir()) == [file]
 
 
@@ -112,6 +115,7 @@ def test_what_cannot_be_exported_says_so_in_one_line(tmp_path: Path) -> None:
     [
         ('a.onnx', dict(size=(0, 5)), ValueError, 'size must be a height and a width'),
         ('a.onnx', dict(opset=9), ValueError, 'opset must be at least 18, .* got 9'),
+        ('a.onnx', dict(batch=0), ValueError, 'batch must be at least 1, got 0'),
         ('missing/a.onnx', dict(), FileNotFoundError, 'missing is no folder'),
         ('.', dict(force=True), FileExistsError, 'is a folder; name a file'),
     ],

@@ -8,13 +8,18 @@ import resource
 import torch
 
 from .models import BACKBONES
+from .routes import ROUTES
 from .workload import BackboneWorkload, Settings, Task
 
 MIB = 2**20
 
 
 def peak_memory(
-    name: str, task: Task, settings: Settings, memory_format: torch.memory_format
+    name: str,
+    task: Task,
+    settings: Settings,
+    memory_format: torch.memory_format,
+    linear: str = 'own',
 ) -> float:
     """What three steps add to the memory of a process that holds model and images already.
 
@@ -23,6 +28,7 @@ def peak_memory(
         task: What a step does.
         settings: How it is computed.
         memory_format: Of model and images.
+        linear: The route of linear layers.
 
     Returns:
         Growth of the peak, in MiB.
@@ -32,14 +38,14 @@ def peak_memory(
     # Linux hands the peak of a process on to what it starts with exec, as 'spawn' does; the child
     # of a server begins anew.
     with multiprocessing.get_context('forkserver').Pool(1) as pool:
-        return pool.apply(_on_cpu, (name, task, settings, memory_format, torch.get_num_threads()))
+        return pool.apply(_on_cpu, (name, task, settings, memory_format, linear))
 
 
 def _on_cpu(
-    name: str, task: Task, settings: Settings, memory_format: torch.memory_format, threads: int
+    name: str, task: Task, settings: Settings, memory_format: torch.memory_format, linear: str
 ) -> float:
-    torch.set_num_threads(threads)
-    work = BackboneWorkload(BACKBONES[name], task, settings, memory_format)
+    torch.set_num_threads(settings.threads)
+    work = BackboneWorkload(BACKBONES[name], task, settings, memory_format, ROUTES[linear])
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     for _ in range(3):
         work.step()

@@ -1,38 +1,45 @@
-"""What is compared: LaViT, its all-vanilla twin, and the peers that the installed packages ship."""
+"""What is compared: LaViT, its all-vanilla twin, and the peers that installed packages ship."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import importlib.util
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 
-from torch import nn
+from torch import Tensor, nn
 
 from mmlavit.compat import repair_torchvision
 from mmlavit.models.arch import Arch
 from mmlavit.models.lavit import LaViT
 
+from .workload import Task
 
-def _all_vanilla() -> nn.Module:
+
+def _lavit(arch: str, **options: bool) -> Callable[[Task], nn.Module]:
+    return lambda task: LaViT(arch, **options)
+
+
+def _all_vanilla(task: Task) -> nn.Module:
     """LaViT-S whose every layer computes attention: what less attention is measured against."""
     arch = Arch.of('small')
     return LaViT(vars(replace(arch, vanilla_depths=arch.depths)))
 
 
-def _swin_tiny() -> nn.Module:
+def _swin_tiny(task: Task) -> nn.Module:
     repair_torchvision()
     from mmdet.models.backbones.swin import SwinTransformer
 
     return SwinTransformer(depths=(2, 2, 6, 2), num_heads=(3, 6, 12, 24), drop_path_rate=0.1)
 
 
-def _pvt_v2_b2() -> nn.Module:
+def _pvt_v2_b2(task: Task) -> nn.Module:
     repair_torchvision()
     from mmdet.models.backbones.pvt import PyramidVisionTransformerV2
 
     return PyramidVisionTransformerV2(embed_dims=64, num_layers=[3, 4, 6, 3])
 
 
-def _resnet_50() -> nn.Module:
+def _resnet_50(task: Task) -> nn.Module:
     repair_torchvision()
     from mmdet.models.backbones.resnet import ResNet
 
@@ -40,29 +47,92 @@ def _resnet_50() -> nn.Module:
     return ResNet(50, norm_eval=False)
 
 
-def _convnext_tiny() -> nn.Module:
+def _convnext_tiny(task: Task) -> nn.Module:
     repair_torchvision()
     from mmpretrain.models.backbones import ConvNeXt
 
     return ConvNeXt('tiny', out_indices=(0, 1, 2, 3), gap_before_final_norm=False)
 
 
-#: Name of a backbone and how to build it, with maps at strides 4 to 32. The first one asked for is
-#: what the others are compared with.
-BACKBONES: dict[str, Callable[[], nn.Module]] = {
-    'LaViT-S': lambda: LaViT('small'),
+def _timm(name: str) -> nn.Module:
+    repair_torchvision()
+    import timm
+
+    return timm.create_model(name, features_only=True)
+
+
+def _hiera_tiny(task: Task) -> nn.Module:
+    """Hiera-T as in SAM 2, with windows; the classifier's takes one size of images alone."""
+    return _timm('sam2_hiera_tiny')
+
+
+def _fastvit_sa24(task: Task) -> nn.Module:
+    """FastViT-SA24, for inference as its authors deploy it."""
+    model = _timm('fastvit_sa24')
+    return model if task.name == 'training' else merge_branches(model.eval())
+
+
+def merge_branches(model: nn.Module) -> nn.Module:
+    """A copy of a backbone of timm whose parallel convolutions are merged into one."""
+    from timm.utils import reparameterize_model
+
+    return reparameterize_model(model)
+
+
+class _ChannelsFirst(nn.Module):
+    """A backbone whose maps (B, H, W, C) are handed on as (B, C, H, W), as necks take them."""
+
+    def __init__(self, backbone: nn.Module) -> None:
+        super().__init__()
+        self.backbone = backbone
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        return [y.permute(0, 3, 1, 2) for y in self.backbone(x)]
+
+
+def _mambaout_tiny(task: Task) -> nn.Module:
+    return _ChannelsFirst(_timm('mambaout_tiny'))
+
+
+#: Name of a backbone and how to build it for a task, with maps at strides 4 to 32. The first one
+#: asked for is what the others are compared with.
+BACKBONES: dict[str, Callable[[Task], nn.Module]] = {
+    'LaViT-S': _lavit('small'),
     'LaViT-S all-vanilla': _all_vanilla,
     'Swin-T': _swin_tiny,
     'PVTv2-B2': _pvt_v2_b2,
     'ResNet-50': _resnet_50,
     'ConvNeXt-T': _convnext_tiny,
-    'LaViT-T': lambda: LaViT('tiny'),
-    'LaViT-B': lambda: LaViT('base'),
-    'LaViT-S conv-stem': lambda: LaViT('small', conv_stem=True),
-    'LaViT-S overlap': lambda: LaViT('small', overlap_downsample=True),
-    'LaViT-S conv-stem overlap': lambda: LaViT('small', conv_stem=True, overlap_downsample=True),
+    'Hiera-T': _hiera_tiny,
+    'FastViT-SA24': _fastvit_sa24,
+    'MambaOut-T': _mambaout_tiny,
+    'LaViT-T': _lavit('tiny'),
+    'LaViT-B': _lavit('base'),
+    'LaViT-S conv-stem': _lavit('small', conv_stem=True),
+    'LaViT-S overlap': _lavit('small', overlap_downsample=True),
+    'LaViT-S conv-stem overlap': _lavit('small', conv_stem=True, overlap_downsample=True),
 }
-DEFAULT_BACKBONES = tuple(BACKBONES)[:6]
+DEFAULT_BACKBONES = tuple(BACKBONES)[:9]
+#: Those that timm ships.
+OF_TIMM = ('Hiera-T', 'FastViT-SA24', 'MambaOut-T')
+
+
+def require_packages(names: Iterable[str]) -> None:
+    """Make sure that the packages of backbones are there.
+
+    Args:
+        names: Of :data:`BACKBONES`.
+
+    Raises:
+        ModuleNotFoundError: If timm is needed and not installed; its text is one line for the user.
+    """
+    asked = [name for name in names if name in OF_TIMM]
+    if asked and importlib.util.find_spec('timm') is None:
+        raise ModuleNotFoundError(
+            f'{", ".join(asked)} need timm, which is not installed: pip install timm, or name '
+            'others with --models'
+        )
+
 
 #: Name of a detector and its config, ours by its name, the peers' as MMEngine finds them.
 DETECTORS = {

@@ -13,16 +13,14 @@ from pathlib import Path
 import matplotlib
 import torch
 
-from .suites import Row
-from .workload import Settings
+from .suites import Comparison, Row
 
 
-def describe_machine(settings: Settings, rate: float, rounds: int) -> dict[str, object]:
-    """What the figures hold for.
+def describe_machine(device: str, rounds: int) -> dict[str, object]:
+    """What the figures of all comparisons hold for.
 
     Args:
-        settings: How things were computed.
-        rate: Floating-point operations a second in matrix products.
+        device: ``'cpu'`` or ``'cuda'``.
         rounds: Rounds of each comparison.
 
     Returns:
@@ -31,12 +29,9 @@ def describe_machine(settings: Settings, rate: float, rounds: int) -> dict[str, 
     return {
         'date': datetime.now(timezone.utc).strftime('%Y-%m-%d %H:%M UTC'),
         'processor': _processor(),
-        'threads': torch.get_num_threads(),
-        'device': torch.cuda.get_device_name() if settings.device == 'cuda' else 'CPU',
+        'cores': os.cpu_count(),
+        'device': torch.cuda.get_device_name() if device == 'cuda' else 'CPU',
         'torch': torch.__version__,
-        'type': settings.amp or 'fp32',
-        'mode': 'torch.compile' if settings.compile else 'eager',
-        'matrix products': f'{rate / 1e9:.0f} GFLOP/s',
         'rounds': rounds,
         'load before': round(os.getloadavg()[0], 1),
     }
@@ -51,12 +46,12 @@ def _processor() -> str:
     return platform.processor() or platform.machine()
 
 
-def markdown(machine: dict[str, object], comparisons: Sequence[Sequence[Row]]) -> str:
+def markdown(machine: dict[str, object], comparisons: Sequence[Comparison]) -> str:
     """The tables, one for each comparison.
 
     Args:
         machine: Of :func:`describe_machine`.
-        comparisons: The rows of each comparison; the first row is what the others are held against.
+        comparisons: What was measured.
 
     Returns:
         Markdown. Ratios are a model's figure over the first model's: over 1 speaks for the first.
@@ -64,59 +59,87 @@ def markdown(machine: dict[str, object], comparisons: Sequence[Sequence[Row]]) -
     lines = [f'# Benchmark of {machine["date"]}', '']
     lines += [', '.join(f'{name} {value}' for name, value in machine.items()), '']
     lines += ["Medians of interleaved rounds (least - most). Ratios: over the first row's figure."]
-    for rows in comparisons:
-        first = rows[0]
-        lines += ['', f'## {first.task}, {first.input}', '', _HEAD, '|---' * 11 + '|']
-        lines += [_line(row, first) for row in rows]
+    if any(row.linear == 'ours' for comparison in comparisons for row in comparison.rows):
+        lines += ['', _OUR_LINEAR]
+    for comparison in comparisons:
+        lines += ['', f'## {comparison.task}, {comparison.input} ({comparison.conditions})', '']
+        lines += _table(comparison)
+        lines += [f'Not measured: {name}. {reason}' for name, reason in comparison.absent.items()]
     return '\n'.join(lines) + '\n'
 
 
-_HEAD = (
-    '| model | seconds | images/s | time ratio | peak MiB | memory ratio | params M | GFLOPs '
-    '| floor s | time / floor | format |'
+_OUR_LINEAR = (
+    '"Our linear layers": those of all models go to oneDNN, as LaViT\'s do. PyTorch sends the '
+    "peers' to MKL, which is the other figure."
 )
+_SUFFIX = {'own': '', 'ours': ', our linear layers'}
 
 
-def _line(row: Row, first: Row) -> str:
-    def show(value: float | None, digits: int) -> str:
-        return '' if value is None else f'{value:.{digits}f}'
+def _table(comparison: Comparison) -> list[str]:
+    """A line for each model, with figures for each route of its linear layers."""
+    by_model: dict[str, dict[str, Row]] = {}
+    for row in comparison.rows:
+        # Where the routes are one, the figure belongs to both.
+        routes = ('own', 'ours') if row.linear == 'same' else (row.linear,)
+        by_model.setdefault(row.model, {}).update(dict.fromkeys(routes, row))
+    if not by_model:
+        return []
+    differing = {row.linear for row in comparison.rows} - {'same'} or {'own'}
+    routes = [route for route in _SUFFIX if route in differing]
+    head = ['model']
+    for route in routes:
+        head += [f'seconds{_SUFFIX[route]}', f'time ratio{_SUFFIX[route]}']
+    head += ['images/s', 'peak MiB', 'memory ratio', 'params M', 'GFLOPs']
+    head += ['floor s', 'time / floor', 'format']
+    first = next(iter(by_model.values()))
+    lines = [head, ['---'] * len(head)]
+    for model, of in by_model.items():
+        cells = [model]
+        for route in routes:
+            row = of[route]
+            cells.append(f'{row.median:.4g} ({min(row.seconds):.4g} - {max(row.seconds):.4g})')
+            cells.append(f'**{row.median / first[route].median:.2f}**')
+        row, base = of[routes[0]], first[routes[0]]
+        ratio = row.memory / base.memory if row.memory and base.memory else None
+        cells += [
+            _show(comparison.images / row.median, 2),
+            _show(row.memory, 0),
+            _show(ratio, 2),
+            _show(row.params and row.params / 1e6, 1),
+            _show(row.gflops, 1),
+            _show(row.floor, 4),
+            _show(row.floor and row.median / row.floor, 2),
+            ' / '.join(dict.fromkeys(of[route].format for route in routes)),
+        ]
+        lines.append(cells)
+    return [f'| {" | ".join(cells)} |' for cells in lines] + ['']
 
-    ratio = row.memory / first.memory if row.memory and first.memory else None
-    cells = [
-        row.model,
-        f'{row.median:.4g} ({min(row.seconds):.4g} - {max(row.seconds):.4g})',
-        show(row.images / row.median, 2),
-        f'**{row.median / first.median:.2f}**',
-        show(row.memory, 0),
-        show(ratio, 2),
-        show(row.params and row.params / 1e6, 1),
-        show(row.gflops, 1),
-        show(row.floor, 4),
-        show(row.floor and row.median / row.floor, 2),
-        row.memory_format,
-    ]
-    return f'| {" | ".join(cells)} |'
+
+def _show(value: float | None, digits: int) -> str:
+    return '' if value is None else f'{value:.{digits}f}'
 
 
-def write(
-    out: Path, machine: dict[str, object], comparisons: Sequence[Sequence[Row]]
-) -> list[Path]:
+def write(out: Path, machine: dict[str, object], comparisons: Sequence[Comparison]) -> list[Path]:
     """Write ``results.json``, ``README.md`` and ``speed.png``; each appears whole or not at all.
 
     Args:
         out: Folder; made if it does not exist.
         machine: Of :func:`describe_machine`.
-        comparisons: The rows of each comparison.
+        comparisons: What was measured.
 
     Returns:
         The files.
     """
     out.mkdir(parents=True, exist_ok=True)
-    rows = [
-        asdict(row) | {'median': row.median} for comparison in comparisons for row in comparison
-    ]
+    found = []
+    for comparison in comparisons:
+        medians = [row.median for row in comparison.rows]
+        found.append(asdict(comparison))
+        for row, median in zip(found[-1]['rows'], medians, strict=True):
+            row['median'] = median
+    results = {'machine': machine, 'comparisons': found}
     files = {
-        out / 'results.json': json.dumps({'machine': machine, 'rows': rows}, indent=1) + '\n',
+        out / 'results.json': json.dumps(results, indent=1) + '\n',
         out / 'README.md': markdown(machine, comparisons),
     }
     for path, text in files.items():
@@ -126,12 +149,12 @@ def write(
     return [*files, draw(machine, comparisons, out / 'speed.png')]
 
 
-def draw(machine: dict[str, object], comparisons: Sequence[Sequence[Row]], out: Path) -> Path:
+def draw(machine: dict[str, object], comparisons: Sequence[Comparison], out: Path) -> Path:
     """Draw the speed of every model relative to the first one of its comparison.
 
     Args:
         machine: Of :func:`describe_machine`.
-        comparisons: The rows of each comparison.
+        comparisons: What was measured.
         out: Picture to write.
 
     Returns:
@@ -140,23 +163,41 @@ def draw(machine: dict[str, object], comparisons: Sequence[Sequence[Row]], out: 
     matplotlib.use('Agg')
     import matplotlib.pyplot as plt
 
-    columns = min(3, len(comparisons))
-    lines = -(-len(comparisons) // columns)
+    drawn = [comparison for comparison in comparisons if comparison.rows]
+    columns = min(3, max(1, len(drawn)))
+    lines = -(-len(drawn) // columns) or 1
+    most = max((len(comparison.rows) for comparison in drawn), default=0)
     figure, panels = plt.subplots(
-        lines, columns, figsize=(4.6 * columns, 2.6 * lines), layout='constrained', squeeze=False
+        lines,
+        columns,
+        figsize=(4.6 * columns, (0.9 + 0.28 * most) * lines),
+        layout='constrained',
+        squeeze=False,
     )
-    for panel in panels.flat[len(comparisons) :]:
+    for panel in panels.flat[len(drawn) :]:
         panel.remove()
-    for panel, rows in zip(panels.flat, comparisons, strict=False):
-        speeds = [rows[0].median / row.median for row in rows]
+    for panel, comparison in zip(panels.flat, drawn, strict=False):
+        rows = comparison.rows
+        speeds = [_base(row, rows).median / row.median for row in rows]
         colours = ['tab:blue' if row.model.startswith('LaViT-S') else 'tab:grey' for row in rows]
         colours[0] = 'tab:red'
-        bars = panel.barh([row.model for row in rows], speeds, color=colours)
+        bars = panel.barh([f'{row.model}{_suffix(row)}' for row in rows], speeds, color=colours)
         panel.bar_label(bars, fmt='%.2f', padding=2)
         panel.invert_yaxis()
-        panel.set(title=f'{rows[0].task}, {rows[0].input}', xlim=(0, 1.2 * max(speeds)))
+        title = f'{comparison.task}, {comparison.input}\n{comparison.conditions}'
+        panel.set(title=title, xlim=(0, 1.2 * max(speeds)))
         panel.title.set_fontsize(10)
     figure.suptitle(f'Relative speed (longer is faster): {machine["processor"]}', fontsize=11)
     figure.savefig(out, dpi=120)
     plt.close(figure)
     return out
+
+
+def _base(row: Row, rows: Sequence[Row]) -> Row:
+    """The first model's row that a row is held against: by the same route, if it took two."""
+    candidates = [other for other in rows if other.model == rows[0].model]
+    return next((other for other in candidates if other.linear == row.linear), candidates[0])
+
+
+def _suffix(row: Row) -> str:
+    return _SUFFIX.get(row.linear, '')
