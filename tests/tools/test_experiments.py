@@ -13,6 +13,7 @@ import torch
 from helpers import ROOT, run_tool
 from mmengine.registry import MODELS
 from small import ARCH, move_weights, seeded
+from torch import nn
 
 from mmlavit import AttentionHealthHook, LaViT
 from mmlavit.models.attention import LessAttention
@@ -144,14 +145,14 @@ def test_another_start_is_the_start_that_was_asked_for(start):
         assert all(
             m.weight.std().item() == pytest.approx(0.3, rel=0.1)
             for m in model.modules()
-            if isinstance(m, torch.nn.Linear)
+            if isinstance(m, nn.Linear)
         )
     elif start == 'query_key_std':
         assert queries_and_keys.std().item() == pytest.approx(0.3, rel=0.1)
     elif start == 'residual_scale':
         assert all((s.attention_residual.layer_scale == 0.3).all() for s in model.stages[1:])
     else:
-        assert all(m.eps == 0.3 for m in model.modules() if isinstance(m, torch.nn.LayerNorm))
+        assert all(m.eps == 0.3 for m in model.modules() if isinstance(m, nn.LayerNorm))
 
 
 def test_the_loss_as_it_was_grows_with_the_scores():
@@ -170,6 +171,46 @@ def test_variants_are_of_like_size():
     }
     for name, size in sizes.items():
         assert 0.85 < size / sizes['lavit'] < 1.15, (name, sizes)
+
+
+@pytest.mark.parametrize('part', ['attention', 'convolution'])
+def test_a_pvt_with_a_part_taken_out_is_one_in_which_it_does_nothing(part):
+    register_backbones()
+    torch.manual_seed(0)
+    whole = MODELS.build(dict(VARIANTS['pvt'].backbone)).eval()
+    whole.init_weights()
+    cut = MODELS.build(dict(VARIANTS[f'pvt-no-{part}'].backbone)).eval()
+    names = [name for name, _ in whole.named_modules()]
+    for name in names if part == 'attention' else []:
+        if name.endswith('.attn.attn.out_proj'):  # what a layer's attention adds to its tokens
+            nn.init.zeros_(whole.get_submodule(name).weight)
+            nn.init.zeros_(whole.get_submodule(name).bias)
+    for name in names if part == 'convolution' else []:
+        if name.endswith('ffn.layers.1'):
+            nn.init.dirac_(
+                whole.get_submodule(name).weight, groups=whole.get_submodule(name).groups
+            )
+            nn.init.zeros_(whole.get_submodule(name).bias)
+    # Modules that come after one that is missing have a number less.
+    for a, b in zip(cut.parameters(), matching(whole, cut), strict=True):
+        a.data.copy_(b)
+    image = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        for a, b in zip(cut(image), whole(image), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+def matching(whole: nn.Module, cut: nn.Module) -> list[torch.Tensor]:
+    """The parameters of one network that another has too, in order."""
+    left = [p.shape for p in cut.parameters()]
+    depthwise = {
+        id(p)
+        for m in whole.modules()
+        if isinstance(m, nn.Conv2d) and m.groups > 1
+        for p in m.parameters()
+    }
+    found = list(whole.parameters())
+    return found if len(found) == len(left) else [p for p in found if id(p) not in depthwise]
 
 
 def test_experiments_ask_for_what_is_there():

@@ -61,6 +61,21 @@ def _ablated(**options: Any) -> dict[str, Any]:
     return _lavit(type='AblatedLaViT', **options)
 
 
+def _pvt(**options: Any) -> dict[str, Any]:
+    return (
+        dict(
+            type='TuplePVTv2',
+            embed_dims=ARCH['embed_dims'][0],  # times num_heads are the channels of a stage
+            num_layers=[2, 2, 2, 2],
+            num_heads=ARCH['num_heads'],
+            mlp_ratios=[8, 8, 4, 3],  # as PVTv2-B0's, but for the last, which is 4 there
+            sr_ratios=[8, 4, 2, 1],
+            drop_path_rate=0.0,
+        )
+        | options
+    )
+
+
 def _diagonality(weight: float) -> tuple[dict[str, Any], ...]:
     return (dict(type='DiagonalityLossHook', loss_weight=weight),)
 
@@ -93,17 +108,12 @@ VARIANTS = {
         ),
         rates={'cls': 3e-4, 'det': 3e-4},
     ),
-    'pvt': Variant(
-        'PVTv2',
-        dict(
-            type='TuplePVTv2',
-            embed_dims=ARCH['embed_dims'][0],  # times num_heads are the channels of a stage
-            num_layers=[2, 2, 2, 2],
-            num_heads=ARCH['num_heads'],
-            mlp_ratios=[8, 8, 4, 3],  # as PVTv2-B0's, but for the last, which is 4 there
-            sr_ratios=[8, 4, 2, 1],
-            drop_path_rate=0.0,
-        ),
+    'pvt': Variant('PVTv2', _pvt()),
+    'pvt-no-attention': Variant(
+        'PVTv2 without its attention', _pvt(type='AblatedPVTv2', attention=False)
+    ),
+    'pvt-no-convolution': Variant(
+        'PVTv2 without the convolutions in its MLPs', _pvt(type='AblatedPVTv2', convolution=False)
     ),
     'resnet': Variant(
         'ResNet-18, narrowed',
@@ -173,6 +183,11 @@ EXPERIMENTS = {
     'peers': Experiment(
         'How does LaViT do beside a Swin, a PVTv2 and a ResNet of like size?',
         ('lavit', 'stem', 'swin', 'pvt', 'resnet'),
+    ),
+    'pvt': Experiment(
+        'What is it that PVTv2 has?',
+        ('pvt', 'pvt-no-attention', 'pvt-no-convolution', 'lavit'),
+        tasks=('cls', 'det', 'seg', 'match'),
     ),
     'options': Experiment(
         'What do a convolutional stem and overlapping downsampling buy?',
