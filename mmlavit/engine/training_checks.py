@@ -138,8 +138,7 @@ def poor_optimization(optimizers: Iterable[Optimizer], found: Iterable[LaViT]) -
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             trained = {p for p in group['params'] if p.requires_grad} & own
-            # A schedule may start at 0.
-            if trained and group.get('initial_lr', group['lr']):
+            if trained and group.get('lr') != 0:
                 by_sgd |= isinstance(optimizer, SGD)
                 if trained & mixing and group.get('weight_decay'):
                     decays.add(group['weight_decay'])

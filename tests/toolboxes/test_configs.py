@@ -156,7 +156,21 @@ def models_of(cfg: Config):
     return importlib.import_module(f'{cfg.default_scope}.registry').MODELS
 
 
-@pytest.fixture(scope='module', params=FILES, ids=lambda file: file.stem)
+# Heads that take long on a CPU, with small images too.
+LONG = ('cascade-mask-rcnn', 'mask2former', 'maskrcnn_lavit_s_scratch')
+
+
+@pytest.fixture(
+    scope='module',
+    params=[
+        pytest.param(
+            file,
+            id=file.stem,
+            marks=[pytest.mark.slow] if file.stem.startswith(LONG) else [],
+        )
+        for file in FILES
+    ],
+)
 def experiment(request) -> Iterator[SimpleNamespace]:
     """A config and its model, built once for all tests of that config and then let go."""
     cfg = Config.fromfile(request.param)
