@@ -21,3 +21,5 @@ optim_wrapper = dict(constructor='LaViTOptimWrapperConstructor')
 default_hooks = dict(
     checkpoint=dict(type='SafeCheckpointHook'), sampler_seed=dict(type='StepSeedHook')
 )
+# What --auto-scale-lr starts from; mmdet's 16 comes from a schedule that is replaced.
+auto_scale_lr = dict(base_batch_size=128)
