@@ -131,8 +131,9 @@ def poor_optimization(optimizers: Iterable[Optimizer], found: Iterable[LaViT]) -
     mixing: set[nn.Parameter] = set()
     for lavit in found:
         own.update(lavit.parameters())
-        layers = [module for module in lavit.modules() if isinstance(module, LessAttention)]
-        mixing.update(weight for layer in layers for weight in (layer.psi, layer.theta))
+        for module in lavit.modules():
+            if isinstance(module, LessAttention):
+                mixing.update(module.parameters(recurse=False))
     by_sgd = False
     decays: set[float] = set()
     for optimizer in optimizers:
