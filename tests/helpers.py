@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -10,8 +11,12 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from mmengine.config import Config
 
 ROOT = Path(__file__).resolve().parents[1]
 TIMEOUT = 400  # seconds; on an idle machine no call takes more than 40
@@ -139,3 +144,40 @@ def read_log(work_dir: Path) -> list[dict]:
     """The JSON log of the latest run in ``work_dir``, a dict for each line."""
     log = max(work_dir.glob('*/vis_data/*_*.json'))
     return [json.loads(line) for line in log.read_text(encoding='utf-8').splitlines()]
+
+
+_trainings = itertools.count()
+
+
+def short_training(
+    name: str, shapes: Path, work_dir: Path, optimizer: dict | None = None, **more: object
+) -> Config:
+    """A config that trains for an iteration, without evaluation and without any hook of ours.
+
+    Args:
+        name: A config of ours on shapes, for its model and its data.
+        shapes: Folder of the data, of at least two images.
+        work_dir: Where the training writes.
+        optimizer: In the place of the config's own, with MMEngine's constructor.
+        more: Options as on a command line, with two underscores for a dot.
+    """
+    from mmengine.config import Config
+
+    from mmlavit.shipped import config_path
+
+    cfg = Config.fromfile(config_path(name))
+    data = {'mmdet': 'coco', 'mmseg': 'ade', 'mmpretrain': 'imagenet'}[cfg.default_scope]
+    cfg.train_dataloader.dataset.data_root = str(shapes / data)
+    cfg.train_dataloader.update(batch_size=2, num_workers=0, persistent_workers=False)
+    for split, key in itertools.product(('val', 'test'), ('dataloader', 'cfg', 'evaluator')):
+        cfg[f'{split}_{key}'] = None
+    cfg.train_cfg = dict(by_epoch=False, max_iters=1)
+    cfg.param_scheduler = cfg.custom_hooks = cfg.visualizer = None
+    cfg.default_hooks = dict(checkpoint=dict(type='CheckpointHook', by_epoch=False))
+    cfg.work_dir = str(work_dir)
+    if optimizer is not None:
+        cfg.optim_wrapper = dict(type='OptimWrapper', optimizer=optimizer)
+    cfg.merge_from_dict({key.replace('__', '.'): value for key, value in more.items()})
+    # MMEngine keeps one log for each name.
+    cfg.experiment_name = f'{name}_{next(_trainings)}'
+    return cfg

@@ -12,6 +12,7 @@ import yaml
 from mmengine.config import Config
 from mmengine.logging import MMLogger
 from mmengine.registry import DefaultScope
+from mmengine.structures import BaseDataElement
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -26,6 +27,17 @@ HEADS = {
     'maskrcnn': 'Mask R-CNN',
     'semfpn': 'Semantic FPN',
     'upernet': 'UPerNet',
+    'cascade-mask-rcnn': 'Cascade Mask R-CNN',
+    'mask2former': 'Mask2Former',
+    'dino': 'DINO',
+    'rtmdet': 'RTMDet',
+}
+# By a word between: what sets it apart from the config without.
+VARIANTS = {
+    'amp': 'mixed precision',
+    'cp': 'gradient checkpointing',
+    'lsj': 'large-scale jitter',
+    'scratch-6x': 'from scratch',
 }
 # By the last: the data, and the image (height, width) at which FLOPs are counted, which is the
 # paper's where it counts them.
@@ -41,20 +53,34 @@ DATA = {
 
 
 def build(cfg: Config) -> nn.Module:
-    """The model of a config, on PyTorch's meta device, where nothing is computed."""
+    """The model of a config, if possible on PyTorch's meta device, where nothing is computed.
+
+    Deformable attention reads the shapes of its maps from a tensor, which has to be a real one.
+    """
     importlib.import_module(f'{cfg.default_scope}.models')
     models = importlib.import_module(f'{cfg.default_scope}.registry').MODELS
     with DefaultScope.overwrite_default_scope(cfg.default_scope):
-        return models.build(cfg.model).to('meta').eval()
+        model = models.build(cfg.model).eval()
+    kinds = {type(module).__name__ for module in model.modules()}
+    deformable = 'MultiScaleDeformableAttention' in kinds
+    return model if deformable else model.to('meta')
 
 
 def forward(model: nn.Module, images: Tensor) -> None:
     """Run a model as its toolbox counts it: without losses, post-processing and auxiliary heads.
 
-    Mask R-CNN's second stage sees 1000 proposals, and 100 of them its mask head, as in mmdet.
+    Mask R-CNN's second stage sees 1000 proposals, and 100 of them its mask head, as in mmdet; so
+    does each of a cascade's.
     """
     if not hasattr(model, 'roi_head'):
-        model(images, mode='tensor')
+        size = tuple(images.shape[2:])
+        samples = [BaseDataElement(metainfo=dict(img_shape=size, batch_input_shape=size))]
+        head = getattr(model, 'decode_head', None)
+        if hasattr(head, 'pixel_decoder'):
+            # Mask2Former's, to which mmseg hands no samples.
+            head(model.extract_feat(images), samples)
+        else:
+            model(images, samples, mode='tensor')
         return
     maps = model.extract_feat(images)
     model.rpn_head(maps)
@@ -63,22 +89,29 @@ def forward(model: nn.Module, images: Tensor) -> None:
         (heads.bbox_head, heads.bbox_roi_extractor, 1000),
         (heads.mask_head, heads.mask_roi_extractor, 100),
     ):
-        side = extractor.roi_layers[0].output_size
-        head(torch.empty(count, maps[0].shape[1], *side, device='meta'))
+        for one, its in zip(stages(head), stages(extractor), strict=True):
+            side = its.roi_layers[0].output_size
+            one(torch.empty(count, maps[0].shape[1], *side, device='meta'))
+
+
+def stages(part: nn.Module) -> list[nn.Module]:
+    """What of a second stage is there once, or once in each stage of a cascade."""
+    return list(part) if isinstance(part, nn.ModuleList) else [part]
 
 
 def gflops(model: nn.Module, image: tuple[int, int]) -> float:
     """GFLOPs of one image (a multiplication and an addition count as one)."""
     # With gradients, as in training. Without, padded tokens are not projected, and it is less.
     with FlopCounterMode(display=False) as counter:
-        forward(model, torch.empty(1, 3, *image, device='meta'))
+        device = next(model.parameters()).device
+        forward(model, torch.zeros(1, 3, *image, device=device))
     return counter.get_total_flops() / 2 / 1e9
 
 
 def schedule(cfg: Config) -> str:
     """Length of the training."""
     if 'max_iters' in cfg.train_cfg:
-        return f'{cfg.train_cfg.max_iters // 1000}k iterations'
+        return f'{cfg.train_cfg.max_iters / 1000:.0f}k iterations'
     # mmdet's 3x schedule repeats the data set within an epoch.
     repeats = cfg.train_dataloader.dataset.get('times', 1)
     return f'{cfg.train_cfg.max_epochs * repeats} epochs'
@@ -94,9 +127,10 @@ def row(entry: dict) -> str:
     """The line of one config, from its entry in metafile.yml."""
     path = CONFIGS.parent / entry['Config']
     cfg = Config.fromfile(path)
-    first, *_, last = path.stem.split('_')
+    first, *between, last = path.stem.split('_')
     data, image = DATA[last]
     task = f'{HEADS[first]} on {data}' if first in HEADS else f'{data} classification'
+    task = ', '.join([task, *(VARIANTS[word] for word in between if word in VARIANTS)])
     model = build(cfg)
     cost = gflops(model, image)
     papers_cost = entry['Metadata'].get(f'FLOPs{PAPERS}', '–').removesuffix('G')

@@ -1,4 +1,4 @@
-"""What trains a model: hooks, learning rates, checkpoints, data checks, and the launcher."""
+"""What trains a model: hooks, learning rates, checkpoints, checks, and the launcher."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from typing import Any
 def register_all() -> bool:
     """Make known to MMEngine what configs name, without importing what few of them need.
 
+    And let its runners look at how a LaViT is trained.
+
     Returns:
         Whether there is FSDP, which MMEngine leaves out where importing it fails.
     """
@@ -18,6 +20,7 @@ def register_all() -> bool:
     import_module('.hooks', __name__)
     import_module('.optim', __name__)
     import_module('.checkpoint_file', __name__).register_safetensors()
+    import_module('.training_checks', __name__).check_training()
     import_module('..evaluation.dsb2018', __name__)
     if not hasattr(mmengine._strategy, 'FSDPStrategy'):
         return False

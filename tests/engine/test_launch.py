@@ -573,7 +573,8 @@ def test_torchrun(tmp_path):
             note.unlink()
         return result.stdout
 
-    run_both(run_command, 'train', config)
+    said = run_both(run_command, 'train', config)
+    assert said.count('starts from scratch') == 1
     steps = [line for line in read_log(tmp_path / 'train') if 'loss_dp' in line]
     assert len(steps) == 2 * 16 // (2 * 2)
     assert all(0 < step['loss_dp'] < step['loss'] < 100 for step in steps)

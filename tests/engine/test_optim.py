@@ -13,6 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from helpers import short_training
 from mmengine.config import Config
 from mmengine.logging import MMLogger
 from mmengine.model import BaseModel, MMDistributedDataParallel, revert_sync_batchnorm
@@ -23,6 +24,7 @@ from small import ARCH
 from torch import nn
 
 from mmlavit import LaViT, LaViTOptimWrapperConstructor
+from mmlavit.datasets.shapes import ShapesRecipe, make_shapes
 from mmlavit.models.attention import LessAttention
 from mmlavit.models.attention_residual import AttentionResidual
 
@@ -558,6 +560,27 @@ def test_a_training_moves_what_has_a_rate(tmp_path):
     ):
         moved = (weights[name] - start[name]).abs().max().item()
         assert moved == pytest.approx(rate * factor, rel=0.02), name
+
+
+@pytest.mark.parametrize('name', ['retinanet_lavit_n_shapes', *NAMES[1:]])
+def test_layer_wise_rates_in_a_training_of_each_toolbox(name, tmp_path):
+    """What a parameter moves by in Adam's first step is what the depth gives it."""
+    make_shapes(tmp_path / 'shapes', ShapesRecipe(4, 2, size=64), progress=False)
+    cfg = short_training(name, tmp_path / 'shapes', tmp_path / 'run')
+    cfg.optim_wrapper.update(paramwise_cfg=dict(layer_decay_rate=0.5, bias_decay_mult=0.0))
+    with DefaultScope.overwrite_default_scope('mmengine'):
+        runner = Runner.from_cfg(cfg)
+        runner.model.init_weights()
+        start = {name: p.detach().clone() for name, p in runner.model.named_parameters()}
+        runner.train()
+    moved = {n: (p - start[n]).abs().max().item() for n, p in runner.model.named_parameters()}
+    base = cfg.optim_wrapper.optimizer.lr
+    biases = {n: e for n, e in EXPONENTS.items() if n.endswith('.bias')}
+    assert len(biases) > 4
+    for own, exponent in biases.items():
+        assert moved[f'backbone.{own}'] == pytest.approx(base * 0.5**exponent, rel=0.02), own
+    heads = [n for n in moved if not n.startswith('backbone.') and n.endswith('.bias')]
+    assert max(moved[n] for n in heads) == pytest.approx(base, rel=0.02)
 
 
 def test_mixed_precision_and_accumulation():

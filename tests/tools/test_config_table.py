@@ -4,9 +4,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
+@pytest.mark.slow
 def test_readme_and_script_agree():
     ran = subprocess.run(
         [sys.executable, '-W', 'ignore', ROOT / 'tools' / 'config_table.py'],
