@@ -16,7 +16,7 @@ OLDEST = $(abspath $(VENV)-oldest)
 export OMP_WAIT_POLICY ?= PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help install test test-openmmlab test-oldest lint format docs linkcheck demo demo-seg demo-cls
+.PHONY: help install test test-openmmlab test-oldest test-install lint format docs linkcheck demo demo-seg demo-cls
 
 help:
 	@echo 'make install   everything into $(VENV), at the versions of constraints.txt; resumes, and'
@@ -30,6 +30,8 @@ help:
 	@echo '               environment of their own'
 	@echo 'make test-oldest      the tests of the model, on the oldest torch: without MMEngine, and'
 	@echo '               with it alone; needs Python 3.10 or 3.11 and compiles nothing'
+	@echo 'make test-install     the ways to install, each in a fresh clone of what is committed, and'
+	@echo '               then a training of two steps; needs an index of packages, and minutes'
 	@echo 'make docs      install, and make the documentation into docs/_build/html'
 	@echo 'make linkcheck whether the documentation links to pages that are there; needs a network'
 	@echo 'make lint      what Ruff and mypy have to say'
@@ -57,6 +59,10 @@ test-oldest:
 	@$(SETUP_OLDEST)
 	env -u PYTHONPATH OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -q tests/without_mmengine.py
 	PYTHONPATH=$(OLDEST)/with-mmengine OMP_NUM_THREADS=1 $(OLDEST)/bin/python $(PYTEST) $(OLDEST_TESTS)
+
+# Not by JOBS: each way takes all cores where mmcv has to be compiled.
+test-install: install
+	PYTHON=$(PYTHON) OMP_NUM_THREADS=1 $(BIN) -m pytest -q -s tests/installing.py
 
 lint: install
 	$(BIN) -m ruff check .

@@ -116,6 +116,7 @@ setup(
     long_description=README.read_text(encoding='utf-8') if README.exists() else '',
     long_description_content_type='text/markdown',
     license='Apache-2.0',
+    project_urls={'Paper': 'https://arxiv.org/abs/2406.00427'},
     license_files=['LICENSE'],
     keywords=['vision transformer', 'less attention', 'backbone', 'object detection', 'OpenMMLab'],
     classifiers=[

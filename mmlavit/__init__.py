@@ -2,7 +2,8 @@
 
 Where MMEngine is installed, importing this package registers what ``__all__`` names in it, and
 lets configs inherit from ``mmlavit::...`` (and, where MMEngine knows mmseg by another name, from
-``mmseg::...``). Without MMEngine there is the model alone, a plain ``torch.nn.Module``.
+``mmseg::...``). The hubs of MMEngine and mmpretrain then know its configs. Without MMEngine there
+is the model alone, a plain ``torch.nn.Module``.
 """
 
 from importlib import import_module
@@ -30,11 +31,14 @@ _OF_MMENGINE = {
 if find_spec('mmengine') is not None:
     require_mmengine()
     from .engine import register_all
+    from .hub import serve_mmengines_hub, serve_mmpretrains_hub
 
     if not register_all():
         del _OF_MMENGINE['ResumableFSDPStrategy'], _OF_MMENGINE['wrap_lavit_blocks']
     repair_config_bases()
     serve_config_bases()
+    serve_mmengines_hub()
+    serve_mmpretrains_hub()
     __all__ += _OF_MMENGINE
 
 

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
+import select
 import sys
 from collections.abc import Sequence
+from typing import TextIO
 
 from .compat import require_mmengine
 from .errors import MMLaViTError
@@ -34,6 +37,8 @@ SCRIPTS = {
     'shapes': 'make_shapes.py',
     'benchmark': 'benchmark.py',
 }
+#: What shells say of a program that SIGPIPE has ended: 128 and the number of the signal.
+SIGPIPE_STATUS = 141
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -67,8 +72,39 @@ def main(argv: Sequence[str] | None = None) -> int | None:
         argv: Arguments without the program's name; None means those of the process.
 
     Returns:
-        The exit status; None is 0. It is 2 after an error of the user, which is one line.
+        The exit status; None is 0. It is 2 after an error of the user, which is one line, and 141
+        if whoever read what it prints went away (``mmlavit configs | head -1``), as of a program
+        that SIGPIPE ends.
     """
+    try:
+        try:
+            status = run(argv)
+        except SystemExit:
+            sys.stdout.flush()
+            raise
+        # Python would write out what is left only after it could say so.
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:
+        gone = [stream for stream in (sys.stdout, sys.stderr) if has_no_reader(stream)]
+        if not gone:
+            raise  # another pipe, such as one to a worker
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        for stream in gone:
+            # Where Python writes what is left when it ends.
+            os.dup2(nowhere, stream.fileno())
+        return SIGPIPE_STATUS
+
+
+def has_no_reader(stream: TextIO) -> bool:
+    """Whether a stream leads into a pipe that nobody reads any more."""
+    poll = select.poll()
+    poll.register(stream, 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
+
+
+def run(argv: Sequence[str] | None) -> int | None:
+    """Run a command, with arguments and status of :func:`main`, whoever reads what it prints."""
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = make_parser()
     if not argv:

@@ -46,8 +46,8 @@ def require_mmengine() -> None:
             raise
         raise ImportError(
             'mmlavit needs MMEngine, which two distributions provide; install one of them: '
-            "onedl-mmengine (maintained; pip install 'mmlavit[onedl]' brings the toolboxes too) or "
-            "mmengine (the original name; pip install 'mmlavit[openmmlab]')",
+            'onedl-mmengine (maintained) or mmengine (the original name); README.md, "Installing", '
+            'has them with the toolboxes',
             name='mmengine',
         ) from None
 

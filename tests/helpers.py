@@ -60,6 +60,21 @@ def run_command(
     return _run([*launcher, '-m', 'mmlavit', *args], cwd, path, variables)
 
 
+def run_python(
+    *args: object,
+    cwd: Path,
+    path: Sequence[Path] = (),
+    **variables: str,
+) -> subprocess.CompletedProcess[str]:
+    """Run Python in another process.
+
+    Args:
+        args: Its arguments, such as ``-c``, ``CODE``.
+        cwd, path, variables: As of :func:`run_tool`.
+    """
+    return _run(args, cwd, path, variables)
+
+
 def _run(
     command: Sequence[object], cwd: Path, path: Sequence[Path], variables: dict[str, str]
 ) -> subprocess.CompletedProcess[str]:

@@ -211,18 +211,24 @@ def test_other_errors_are_passed_on(tmp_path: Path, error: str) -> None:
 
 def test_what_is_patched_is_patched_once() -> None:
     passes("""
+import sys
 import mmlavit
 from mmengine.config import Config
 from mmengine.config.utils import MODULE2PACKAGE
+from mmengine import hub
 from mmengine.runner import Runner
+from mmlavit.hub import serve_mmengines_hub, serve_mmpretrains_hub
 from mmlavit.compat import let_cpus_take_part, repair_config_bases, serve_config_bases
 from mmlavit.engine.data_checks import check_data
 
 def state():
     names = 'build_dataloader', 'build_train_loop', 'build_val_loop', 'wrap_model'
-    return Config._get_cfg_path, dict(MODULE2PACKAGE), [getattr(Runner, name) for name in names]
+    found = [getattr(Runner, name) for name in names]
+    found += [Config._get_cfg_path, dict(MODULE2PACKAGE), hub.get_config, hub.get_model]
+    return found, list(sys.meta_path)
 
 patches = let_cpus_take_part, repair_config_bases, serve_config_bases, check_data
+patches += serve_mmengines_hub, serve_mmpretrains_hub
 for patch in patches:
     patch()
 before = state()
@@ -243,7 +249,7 @@ def test_missing_mmengine_names_both_distributions() -> None:
     ran = run("import sys\nsys.modules['mmengine'] = None\nfrom mmlavit import DiagonalityLossHook")
     last = ran.stderr.splitlines()[-1]
     assert last.startswith('ImportError: mmlavit needs MMEngine')
-    for name in ('onedl-mmengine', 'or mmengine', 'mmlavit[onedl]', 'mmlavit[openmmlab]'):
+    for name in ('onedl-mmengine', 'or mmengine', 'README.md'):
         assert name in last
     assert 'During handling' not in ran.stderr
     assert 'direct cause' not in ran.stderr

@@ -7,6 +7,7 @@ ours.
 import email
 import json
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -279,6 +280,36 @@ def test_citation_is_the_readmes() -> None:
 
 def test_setuptools_still_has_pkg_resources() -> None:
     assert int(pins('3.11')['setuptools'].split('.')[0]) < 81
+
+
+def pip_lines(text: str) -> list[list[str]]:
+    """The words after each `pip install`, which a backslash carries over to the next line."""
+    lines = text.replace('\\\n', ' ').splitlines()
+    found = [re.search(r'\bpip install (.*)', line) for line in lines if not line.startswith('#')]
+    return [shlex.split(match[1].partition('&&')[0]) for match in found if match]
+
+
+def test_dockerfile_installs_what_the_readme_does() -> None:
+    """And mmcv in a layer of its own, between the two, for it takes long to compile."""
+    first, mmcv, last = pip_lines((ROOT / 'Dockerfile').read_text())
+    assert mmcv == ['-c', 'constraints.txt', '--no-build-isolation', 'onedl-mmcv']
+    readme = (ROOT / 'README.md').read_text()
+    assert [first, last] == [words for words in pip_lines(readme) if '-c' in words]
+
+
+def test_docker_is_given_what_is_installed(tmp_path: Path) -> None:
+    """By the rules of .dockerignore that are used here: names alone, and exceptions."""
+    lines = (ROOT / '.dockerignore').read_text().splitlines()
+    rules = [line for line in lines if line and not line.startswith('#')]
+    assert rules[0] == '*' and rules[-1] == '**/__pycache__'
+    for rule in rules[1:-1]:
+        source = ROOT / rule.removeprefix('!')
+        if source.is_dir():
+            shutil.copytree(source, tmp_path / source.name)
+        else:
+            shutil.copy(source, tmp_path)
+    assert (tmp_path / 'constraints.txt').is_file()
+    build('build_wheel', tmp_path, tmp_path / 'out')
 
 
 @pytest.fixture(scope='module')

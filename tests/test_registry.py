@@ -203,5 +203,5 @@ import mmlavit
 new = set(sys.modules) - before
 rooms = 'analysis', 'datasets', 'export', 'engine.launch'
 assert not [name for name in new for room in rooms if name.startswith(f'mmlavit.{room}')], new
-assert not new & {'mmlavit.engine.fsdp', 'matplotlib', 'bokeh', 'onnx', 'cv2'}
+assert not new & {'mmpretrain', 'mmlavit.engine.fsdp', 'matplotlib', 'bokeh', 'onnx', 'cv2'}
 """)

@@ -151,6 +151,28 @@ def test_mmengine_and_mim_find_what_they_look_for(run: Run, package: Path) -> No
         assert (mim / model.config).is_file(), model.name
 
 
+IN_THE_HUBS = """
+import mmlavit
+from mmengine import hub
+from mmlavit.compat import repair_torchvision
+repair_torchvision()
+from mmpretrain import get_model, list_models
+print(hub.get_config('mmlavit::lavit_t_imagenet.py').filename)
+print(*list_models('lavit_t'))
+print(type(get_model('lavit_t_imagenet').backbone).__module__)
+get_model('lavit_t_imagenet', pretrained=True)
+"""
+
+
+def test_hubs_have_what_the_wheel_brought(run: Run, package: Path) -> None:
+    ran = run('-W', 'ignore', '-c', IN_THE_HUBS)
+    config = package / '.mim' / 'configs' / 'lavit_t_imagenet.py'
+    found = ran.stdout.splitlines()
+    assert found[:2] == [str(config), 'lavit_t_imagenet'], ran.stderr
+    assert 'mmlavit.models.lavit' in found
+    assert ran.stderr.splitlines()[-1].startswith('ValueError: lavit_t_imagenet has no trained')
+
+
 def test_repository_serves_its_own_configs(tmp_path: Path) -> None:
     name = 'maskrcnn_lavit_n_shapes.py'
     heir = tmp_path / 'heir.py'

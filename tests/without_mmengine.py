@@ -29,6 +29,7 @@ def test_is_a_plain_module() -> None:
         'builtins',
     }
     assert model.out_channels == (64, 320) and model.strides == (8, 32)
+    assert model.feature_info.channels() == [64, 320] and model.feature_info.reduction() == [8, 32]
     assert isinstance(LaViT.out_channels, property) and isinstance(LaViT.strides, property)
 
 

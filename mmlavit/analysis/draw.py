@@ -57,8 +57,8 @@ def draw_attention(
     missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
         raise AnalysisError(
-            f"{', '.join(missing)} not installed; pip install 'mmlavit[analysis]' brings what the "
-            'pictures need'
+            f'{", ".join(missing)} not installed, which the pictures need; '
+            f'pip install {" ".join(missing)}'
         )
     from .contact_sheet import draw_sheet
     from .interactive import choose_stages, draw_page

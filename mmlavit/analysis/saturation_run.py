@@ -112,7 +112,7 @@ def output_files(out: Path, force: bool = False) -> list[Path]:
         OSError: If ``out`` is a file, or a file is there and is not to be replaced.
     """
     if importlib.util.find_spec('matplotlib') is None:
-        raise AnalysisError("matplotlib not installed; pip install 'mmlavit[analysis]' brings it")
+        raise AnalysisError('matplotlib not installed; pip install matplotlib')
     if out.exists() and not out.is_dir():
         raise NotADirectoryError(f'{out} is a file; name a folder to write to')
     files = [out / f'saturation.{suffix}' for suffix in ('png', 'csv', 'json')]

@@ -142,7 +142,7 @@ def find_script(name: str, argv: list[str]) -> Path:
         package = next(filter(is_installed, PACKAGES), None)
         if package is None:
             raise LaunchError(
-                f"none of {list(PACKAGES)} is installed; pip install 'mmlavit[onedl]' brings them"
+                f'none of {list(PACKAGES)} is installed; README.md, "Installing", has them'
             )
     else:
         package = read_scope(config)

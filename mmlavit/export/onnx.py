@@ -45,8 +45,8 @@ def require_exporter() -> None:
     missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
         raise ExportError(
-            f"{', '.join(missing)} not installed; pip install 'mmlavit[export]' brings what an "
-            'export needs'
+            f'{", ".join(missing)} not installed, which an export needs; '
+            f'pip install {" ".join(missing)}'
         )
 
 

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence, Set
 from dataclasses import dataclass, fields
-
-import numpy as np
+from numbers import Integral
+from typing import TypeGuard
 
 NUM_STAGES = 4
 #: Fields of :class:`Arch` that are no sizes, and that an argument of LaViT may overrule.
 OPTIONS = ('conv_stem', 'overlap_downsample')
+
+
+def is_int(value: object) -> TypeGuard[int]:
+    """Whether a value is an integer of Python's or NumPy's; True and False are none."""
+    return not isinstance(value, bool) and isinstance(value, Integral)
 
 
 def as_int(name: str, value: object, minimum: int | None = None, maximum: int | None = None) -> int:
@@ -25,7 +30,7 @@ def as_int(name: str, value: object, minimum: int | None = None, maximum: int | 
         TypeError: If it is none; True and False are none.
         ValueError: If it is out of bounds.
     """
-    if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, np.integer)):
+    if not is_int(value):
         raise TypeError(f'{name} must be an integer, got {value!r}')
     value = int(value)
     if minimum is not None and (value < minimum or (maximum is not None and value > maximum)):
@@ -44,7 +49,8 @@ def as_ints(name: str, values: object) -> list[int]:
     Raises:
         TypeError: If it is none.
     """
-    if isinstance(values, str) or not isinstance(values, (Sequence, np.ndarray)):
+    # An array of NumPy is a collection, and no Sequence.
+    if isinstance(values, (str, Set, Mapping)) or not isinstance(values, Collection):
         raise TypeError(f'{name} must be a sequence of integers, got {values!r}')
     try:
         return [as_int(name, value) for value in values]

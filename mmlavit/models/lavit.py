@@ -6,16 +6,16 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from .. import ops
-from .arch import NUM_STAGES, Arch, as_int, as_ints, per_stage_ints
+from .arch import NUM_STAGES, Arch, as_int, as_ints, is_int, per_stage_ints
 from .attention import LessAttention, VanillaAttention
 from .attention_residual import AttentionResidual
 from .base import BaseModule, register, say
 from .block import Block, ConvStem, PatchEmbed
+from .feature_info import FeatureInfo
 from .state_dict import (
     are_flattened,
     check_arch,
@@ -155,7 +155,7 @@ class LaViT(BaseModule):
     ) -> None:
         super().__init__(init_cfg=_complete_init_cfg(init_cfg))
         arch = Arch.of(arch)
-        if isinstance(window_sizes, (int, np.integer)) and not isinstance(window_sizes, bool):
+        if is_int(window_sizes):
             window_sizes = (window_sizes,) * NUM_STAGES
         window_sizes = per_stage_ints('window_sizes', window_sizes)
         for prev_window, window in zip(window_sizes[:-1], window_sizes[1:], strict=True):
@@ -223,6 +223,16 @@ class LaViT(BaseModule):
     def strides(self) -> tuple[int, ...]:
         """Pixels from one token to the next in those maps."""
         return tuple(4 << m for m in self.out_indices)
+
+    @property
+    def feature_info(self) -> FeatureInfo:
+        """Channels, strides and modules of those maps, as timm's models tell them."""
+        return FeatureInfo(
+            dict(num_chs=channels, reduction=stride, module=f'norm{m}')
+            for channels, stride, m in zip(
+                self.out_channels, self.strides, self.out_indices, strict=True
+            )
+        )
 
     def init_weights(self) -> None:
         """Initial weights by ``init_cfg``, as everywhere in MMEngine.
@@ -456,7 +466,7 @@ def _check_rate(name: str, value: object) -> float:
 
 
 def _check_out_indices(values: object) -> tuple[int, ...]:
-    if isinstance(values, (int, np.integer)) and not isinstance(values, bool):
+    if is_int(values):
         values = (values,)
     given = as_ints('out_indices', values)
     stages = [v + NUM_STAGES if v < 0 else v for v in given]

@@ -22,7 +22,7 @@ from mmengine.registry import MODELS, init_default_scope
 from mmengine.runner import CheckpointLoader
 from small import images, move_weights, seeded, small_lavit
 
-pytest.importorskip('bokeh', reason="pip install 'mmlavit[analysis]' brings bokeh")
+pytest.importorskip('bokeh', reason='pip install bokeh')
 cv2 = pytest.importorskip('cv2')
 
 from mmlavit.analysis.contact_sheet import draw_sheet  # noqa: E402

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
 import runpy
+import signal
+import subprocess
 import sys
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -78,6 +81,30 @@ def test_help_names_every_command(tmp_path):
 
 def test_version(call):
     assert call('--version') == (0, f'mmlavit {mmlavit.__version__}\n', '')
+
+
+@pytest.mark.parametrize('unbuffered', ['', '1'])
+@pytest.mark.parametrize('args', [['configs'], ['tool', '--help'], ['train', '--help']])
+def test_ends_without_a_word_where_nobody_reads(args, unbuffered, tmp_path):
+    """As in ``mmlavit configs | head -1``, with the status of a program that SIGPIPE ends."""
+    read, write = os.pipe()
+    os.close(read)
+    variables = {**os.environ, 'PYTHONPATH': str(ROOT), 'PYTHONUNBUFFERED': unbuffered}
+    command = [sys.executable, '-W', 'ignore', '-m', 'mmlavit', *args]
+    ran = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, cwd=tmp_path, env=variables)
+    os.close(write)
+    assert (ran.returncode, ran.stderr) == (128 + signal.SIGPIPE, b'')
+
+
+def test_an_error_is_told_where_nobody_reads_the_rest(tmp_path):
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, '-m', 'mmlavit', 'configs', 'path', 'nowhere']
+    variables = {**os.environ, 'PYTHONPATH': str(ROOT)}
+    options = dict(cwd=tmp_path, env=variables, text=True)
+    ran = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, **options)
+    os.close(write)
+    assert ran.returncode == 2 and "'nowhere'" in the_one_line(ran.stderr)
 
 
 def test_without_a_command_and_with_one_that_is_none(call):

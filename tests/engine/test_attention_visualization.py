@@ -249,7 +249,7 @@ def test_refuses_a_model_that_it_cannot_look_into(monkeypatch):
 
 def test_says_what_to_install_without_matplotlib(monkeypatch):
     monkeypatch.setitem(sys.modules, 'matplotlib', None)
-    with pytest.raises(ImportError, match='pip install .mmlavit.analysis'):
+    with pytest.raises(ImportError, match='pip install matplotlib'):
         AttentionVisualizationHook().before_train(SimpleNamespace(model=toy()))
 
 

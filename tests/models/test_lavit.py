@@ -525,3 +525,33 @@ def test_says_what_its_maps_are(out_indices):
     maps = model(torch.zeros(1, 3, 64, 96))
     assert model.out_channels == tuple(m.shape[1] for m in maps)
     assert [(64 // s, 96 // s) for s in model.strides] == [tuple(m.shape[2:]) for m in maps]
+
+
+@pytest.mark.parametrize('out_indices', [(0, 1, 2, 3), (1, 3), 2])
+def test_says_what_its_maps_are_in_timms_words(out_indices):
+    """The module that is named gives the map itself, with channels last."""
+    model = LaViT(ARCH, out_indices=out_indices)
+    info = model.feature_info
+    outputs = {}
+    for name in info.module_name():
+        module = model.get_submodule(name)
+        module.register_forward_hook(lambda _, __, out, name=name: outputs.update({name: out}))
+    maps = model(torch.zeros(1, 3, 64, 96))
+    assert len(info) == len(maps)
+    for level, m in zip(info, maps, strict=True):
+        assert (level['num_chs'], 64 // level['reduction']) == tuple(m.shape[1:3])
+        assert torch.equal(outputs[level['module']].permute(0, 3, 1, 2), m)
+
+
+def test_feature_info_answers_as_timms_own():
+    timm = pytest.importorskip('timm', reason='timm is what it is compared with')
+    ours = LaViT(ARCH, out_indices=(0, 2, 3)).feature_info
+    theirs = timm.models.FeatureInfo([dict(level) for level in ours], out_indices=(0, 1, 2))
+    assert len(ours) == len(theirs) and ours[-1]['num_chs'] == theirs[-1]['num_chs']
+    for ask in ('channels', 'reduction', 'module_name'):
+        for idx in (None, 1, -1, [2, 0], (1,)):
+            assert getattr(ours, ask)(idx) == getattr(theirs, ask)(idx)
+    # As a network of timm's answers whose maps have the same strides.
+    names = dict(features_only=True, out_indices=(0, 2, 3), pretrained=False)
+    peer = timm.create_model('swin_tiny_patch4_window7_224', **names).feature_info
+    assert peer.reduction() == ours.reduction() and type(peer[0]) is type(ours[0])

@@ -73,7 +73,7 @@ class AttentionVisualizationHook(Hook):
         except ImportError as error:
             raise ImportError(
                 'AttentionVisualizationHook draws with matplotlib, which is not installed; '
-                "pip install 'mmlavit[analysis]' brings it"
+                'pip install matplotlib'
             ) from error
         self._backbone = backbone if is_main_process() else None
 
