@@ -184,6 +184,9 @@ class TestReport:
     def test_markdown(self, comparison):
         text = report.markdown(self.MACHINE, [comparison])
         assert 'processor Abacus, threads 2' in text
+        assert 'Abacus' in text.splitlines()[0], 'named by the machine'
+        on_gpu = report.markdown({**self.MACHINE, 'device': 'Big GPU'}, [comparison])
+        assert 'Big GPU' in on_gpu.splitlines()[0]
         head, *lines = [line for line in text.splitlines() if line.startswith('|')]
         cells = [[c.strip() for c in line.split('|')[1:-1]] for line in lines[1:]]
         names = [c.strip() for c in head.split('|')[1:-1]]

@@ -61,7 +61,10 @@ def markdown(machine: dict[str, object], comparisons: Sequence[Sequence[Row]]) -
     Returns:
         Markdown. Ratios are a model's figure over the first model's: over 1 speaks for the first.
     """
-    lines = [f'# Benchmark of {machine["date"]}', '']
+    name = f'{machine["processor"]}, {machine["threads"]} threads'
+    if machine.get('device', 'CPU') != 'CPU':
+        name = machine['device']
+    lines = [f'# Benchmark: {name}', '']
     lines += [', '.join(f'{name} {value}' for name, value in machine.items()), '']
     lines += ["Medians of interleaved rounds (least - most). Ratios: over the first row's figure."]
     for rows in comparisons:
