@@ -309,6 +309,28 @@ def test_the_first_lines_of_python_do_what_the_page_says() -> None:
     assert ran.stdout.strip() == shown, ran.stderr
 
 
+@pytest.mark.parametrize('stem', [True, False])
+def test_weights_are_widened_as_the_page_says(tmp_path: Path, stem: bool) -> None:
+    """They load into a model of four channels, which sees in a grey image what it saw before."""
+    text = (DOCS / 'faq.md').read_text(encoding='utf-8')
+    (code,) = re.findall(r'^```python\n(.*?)^```', text, flags=re.MULTILINE | re.DOTALL)
+    model = LaViT('nano', conv_stem=stem).eval()
+    weights = {f'backbone.{name}': value for name, value in model.state_dict().items()}
+    torch.save({'state_dict': weights, 'meta': {}}, tmp_path / 'rgb.pth')
+    ran = subprocess.run([sys.executable, '-c', code], cwd=tmp_path, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    start = dict(checkpoint=str(tmp_path / 'rgbx.pth'))
+    wide = LaViT('nano', in_channels=4, conv_stem=stem, init_cfg=start)
+    wide.init_weights()
+    grey = torch.rand(1, 1, 64, 64, generator=torch.Generator().manual_seed(0))
+    image = grey.expand(1, 3, 64, 64)
+    with torch.no_grad():
+        before = model(image)
+        after = wide.eval()(torch.cat([image, torch.zeros_like(grey)], dim=1))
+    for a, b in zip(before, after, strict=True):
+        torch.testing.assert_close(a, b)
+
+
 @pytest.mark.parametrize('page', ['get_started', 'faq'])
 def test_configs_and_commands_that_pages_name_are_there(page: str) -> None:
     text = (DOCS / f'{page}.md').read_text(encoding='utf-8')
