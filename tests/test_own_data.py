@@ -33,6 +33,7 @@ SHORT = {
     'mmpretrain': [
         *('train_cfg.max_epochs=1', 'train_dataloader.dataset.indices=4'),
         *('train_dataloader.batch_size=2', 'val_dataloader.batch_size=2'),
+        'param_scheduler.1.begin=0',  # not after a warm-up of 20 epochs
     ],
 }
 

@@ -170,8 +170,8 @@ def new_config(args: argparse.Namespace) -> None:
     print('written:', out)
 
 
+# The text of a config, and how many of what there are to train and to validate on.
 Written = tuple[str, dict[str, tuple[int, int]]]
-"""The text of a config, and how many of what there are to train and to validate on."""
 
 
 def _for_boxes(args: argparse.Namespace, base: Path, name: str) -> Written:
