@@ -63,8 +63,8 @@ OPENMMLAB = [
 # What `mmlavit export` needs; torch from 2.6 on. Tried together: 1.23.2, 0.7.2, 1.31.1.
 EXPORT = ['onnx', 'onnxscript', 'onnxruntime']
 
-# What `make docs` makes the site with. Tried together: 9.0.4, 5.2.0, 2025.12.19.
-DOCS = ['sphinx', 'myst-parser', 'furo']
+# What `make docs` makes the site with. Tried together: 9.0.4, 5.2.0, 2025.12.19, 0.5.2.
+DOCS = ['sphinx', 'myst-parser', 'furo', 'sphinx-copybutton']
 # What `mmlavit attention` and `saturation` draw with. Tried together: 3.11.2, 3.9.2.
 ANALYSIS = ['matplotlib', 'bokeh>=3.4']
 

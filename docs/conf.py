@@ -1,7 +1,8 @@
 """How Sphinx makes the site: `make docs`, or `sphinx-build -W --keep-going docs docs/_build/html`.
 
 Pages are the Markdown files of this folder, some from elsewhere in the repository (`BORROWED`; the
-start page is README.md), and one page of the docstrings of each public module. Links in Markdown
+start page is README.md), and the reference from docstrings: first the names that `mmlavit` exports,
+then a page for each public module, by packages. Links in Markdown
 are written as GitHub wants them, relative to the file. Here those to borrowed files are led to
 their pages, and those to modules to the modules' pages: `../mmlavit/models/windows.py` to the
 whole, `../mmlavit/models/windows.py#WindowGrid` to one class or function.
@@ -9,6 +10,7 @@ whole, `../mmlavit/models/windows.py#WindowGrid` to one class or function.
 
 import ast
 import importlib.util
+import inspect
 import os
 import posixpath
 import re
@@ -16,6 +18,7 @@ import sys
 from pathlib import Path
 
 from sphinx.application import Sphinx
+from sphinx.pycode import ModuleAnalyzer
 
 DOCS = Path(__file__).resolve().parent
 ROOT = DOCS.parent
@@ -30,6 +33,7 @@ extensions = [
     'sphinx.ext.autodoc',
     'sphinx.ext.napoleon',
     'sphinx.ext.viewcode',
+    'sphinx_copybutton',
 ]
 exclude_patterns = ['_build']
 html_theme = 'furo'
@@ -61,6 +65,9 @@ napoleon_use_rtype = False
 nitpicky = True
 nitpick_ignore_regex = [('py:.*', rf'(?!{PACKAGE}\.)\w+(\.\w+)+')]
 
+# The packages, in the order in which a reader needs them.
+ROOMS = ['models', 'engine', 'datasets', 'evaluation', 'inference', 'export', 'analysis', 'ops']
+
 # The pages whose text is a file elsewhere; the site's own file only adds to it.
 BORROWED = {
     'index': 'README.md',
@@ -82,18 +89,76 @@ def public_modules() -> dict[str, Path]:
     return found
 
 
+def public_names() -> dict[str, tuple[str, str]]:
+    """Name -> module and first sentence of whatever `mmlavit` exports, constants last."""
+    import mmlavit
+
+    found = {}
+    for name in mmlavit.__all__:
+        thing = getattr(mmlavit, name)
+        if not name.isupper():
+            found[name] = thing.__module__, inspect.getdoc(thing)
+    # A constant does not know where it is from; its comment is there.
+    for module in public_modules():
+        for (_, name), lines in ModuleAnalyzer.for_module(module).find_attr_docs().items():
+            if name in mmlavit.__all__:
+                found[name] = module, '\n'.join(lines)
+    found = {name: (module, first_paragraph(doc)) for name, (module, doc) in found.items()}
+    return {name: found[name] for name in sorted(mmlavit.__all__, key=str.isupper)}
+
+
+def first_paragraph(doc: str | None) -> str:
+    """Of a docstring, on one line."""
+    return ' '.join((doc or '').partition('\n\n')[0].split())
+
+
+def summary(file: Path) -> str:
+    """What a module is, by its docstring."""
+    return first_paragraph(ast.get_docstring(ast.parse(file.read_text(encoding='utf-8'))))
+
+
+def title(text: str, line: str = '=') -> list[str]:
+    """A heading in reStructuredText."""
+    text = text.replace('_', r'\_')
+    return [text, line * len(text), '']
+
+
+def place(room: str) -> int:
+    """Where a package stands in the reference; one that is not named, after the others."""
+    name = room.rpartition('.')[2]
+    return ROOMS.index(name) if name in ROOMS else len(ROOMS)
+
+
+def contents(pages: list[str]) -> list[str]:
+    """What a page has below it in the site's sidebar."""
+    return ['.. toctree::', '   :hidden:', '', *(f'   {page}' for page in pages), '']
+
+
 def write_api_pages(app: Sphinx) -> None:
-    """Write a page for each module, and drop those of modules that are gone."""
-    lines = ['API', '===', '', 'Every public module, from its docstrings.', '']
-    pages = {}
-    for name, file in public_modules().items():
-        title = name.replace('_', r'\_')
-        pages[f'{name}.rst'] = f'{title}\n{"=" * len(title)}\n\n.. automodule:: {name}\n'
-        doc = ast.get_docstring(ast.parse(file.read_text(encoding='utf-8'))) or ''
-        summary = doc.partition('\n\n')[0].replace('\n', '\n   ')
-        lines += [f':py:mod:`{name}`', f'   {summary}', '']
-    lines += ['.. toctree::', '   :hidden:', '', *(f'   {name}' for name in public_modules()), '']
-    pages['index.rst'] = '\n'.join(lines)
+    """Write the pages of the reference, and drop those of modules that are gone."""
+    modules = public_modules()
+    inside: dict[str, list[str]] = {name: [] for name in modules}
+    for name in modules:
+        if name != PACKAGE:
+            inside[name.rpartition('.')[0]].append(name)
+
+    lines = [*title('Public names and modules'), *title('Public names', '-')]
+    for name, (module, doc) in public_names().items():
+        lines += [f':py:obj:`~{module}.{name}`', f'   {doc}', '']
+    # Single modules last.
+    rooms = sorted(inside[PACKAGE], key=lambda name: (not inside[name], place(name), name))
+    lines += title('Modules', '-')
+    for room in [PACKAGE, *rooms]:
+        lines += [f':py:mod:`{room}`', f'   {summary(modules[room])}', '']
+    pages = {'index.rst': '\n'.join([*lines, *contents([PACKAGE, *rooms])])}
+
+    for name in modules:
+        lines = [*title(name), f'.. automodule:: {name}', '']
+        if inside[name] and name != PACKAGE:
+            for module in inside[name]:
+                lines += [f':py:mod:`{module}`', f'   {summary(modules[module])}', '']
+            lines += contents(inside[name])
+        pages[f'{name}.rst'] = '\n'.join(lines)
     API.mkdir(exist_ok=True)
     for path in API.glob('*.rst'):
         if path.name not in pages:

@@ -19,7 +19,7 @@ COMMANDS = {
     'train': 'train a model, by the train.py of its toolbox',
     'test': 'evaluate a checkpoint, by the test.py of its toolbox',
     'infer': 'run a model on images or a video; write pictures and predictions',
-    'configs': 'list the configs that come with mmlavit, copy them',
+    'configs': 'list the configs that come with mmlavit, copy them, write one for your own data',
     'tool': 'start any other script of the toolboxes, such as get_flops or browse_dataset',
     'export': 'export a backbone or a classifier to ONNX, and compare it with PyTorch',
     'attention': 'draw what points of an image attend to',

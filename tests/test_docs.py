@@ -19,8 +19,10 @@ from markdown_it.token import Token
 from matplotlib.testing.compare import compare_images
 from torch.utils.flop_counter import FlopCounterMode
 
+import mmlavit
 from mmlavit import LaViT
 from mmlavit.models.windows import WindowGrid
+from mmlavit.shipped import configs
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / 'docs'
@@ -235,14 +237,114 @@ def test_pages_of_the_site(site: Path) -> None:
         modules.append('.'.join(parts[: -1 if parts[-1] == '__init__' else None]))
     public = {name for name in modules if '._' not in name}
     assert {page.stem for page in (site / 'api').glob('mmlavit*.html')} == public
-    index = (site / 'api' / 'index.html').read_text(encoding='utf-8')
-    assert all(f'href="{name}.html#module-{name}"' in index for name in public)
+    for name in public - {'mmlavit'}:
+        # On the page of its package; those of packages on the first.
+        above = name.rpartition('.')[0].replace('mmlavit', 'index', name.count('.') == 1)
+        page = site / 'api' / f'{above}.html'
+        assert f'href="{name}.html#module-{name}"' in page.read_text(encoding='utf-8')
     for file in documents(ROOT):
         if DOCS in file.parents:
             assert (site / file.relative_to(DOCS).with_suffix('.html')).exists()
     for file in (site / 'api').glob('*.html'):
         ids = Page(file.read_text(encoding='utf-8')).ids
         assert not [name for name in ids if re.search(r'^mmlavit.*\._', name)]
+
+
+@pytest.mark.slow
+def test_the_reference_begins_with_what_is_public(site: Path) -> None:
+    text = (site / 'api' / 'index.html').read_text(encoding='utf-8')
+    places = [text.find(f'.{name}"') for name in mmlavit.__all__]
+    assert min(places) > 0
+    assert max(places) < text.index('href="mmlavit.models.html#module-mmlavit.models"')
+    assert min(places) == places[mmlavit.__all__.index('LaViT')]
+
+
+class Sidebar(HTMLParser):
+    """The links of a page's sidebar, with the level of each."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.level, self.links = 0, []
+        start = text.index('class="sidebar-tree"')
+        self.feed(text[start : text.index('class="main"', start)])
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.level += tag == 'ul'
+        if tag == 'a' and self.level and (link := dict(attrs).get('href')):
+            self.links.append((self.level, link))
+
+    def handle_endtag(self, tag: str) -> None:
+        self.level -= tag == 'ul'
+
+
+@pytest.mark.slow
+def test_the_sidebar_begins_where_a_user_begins(site: Path) -> None:
+    """Every page is in it, modules below their packages, and the top is short."""
+    links = Sidebar((site / 'index.html').read_text(encoding='utf-8')).links
+    top = [link for level, link in links if level == 1]
+    assert len(top) < 25
+    order = ['get_started', 'own_data', 'command_line', 'model_zoo', 'api/index', 'architecture']
+    places = [top.index(f'{name}.html') for name in (*order, 'upstream', 'changelog')]
+    assert places == sorted(places) and places[0] == 0
+    pages = {
+        p.relative_to(site).as_posix() for p in site.rglob('*.html') if '_' not in str(p.parent)
+    }
+    pages -= {'index.html', 'genindex.html', 'py-modindex.html', 'search.html'}
+    pages = {page for page in pages if not page.startswith('_')}
+    assert pages == {link for _, link in links}
+
+
+@pytest.mark.slow
+def test_code_can_be_copied(site: Path) -> None:
+    page = Page((site / 'get_started.html').read_text(encoding='utf-8'))
+    assert any('copybutton' in link for link in page.links)
+
+
+def test_the_first_lines_of_python_do_what_the_page_says() -> None:
+    text = (DOCS / 'get_started.md').read_text(encoding='utf-8')
+    code, shown = re.search(
+        r'^```python\n(import torch.*?)^```\n\nprints `(.*?)`', text, flags=re.MULTILINE | re.DOTALL
+    ).groups()
+    ran = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
+    assert ran.stdout.strip() == shown, ran.stderr
+
+
+@pytest.mark.parametrize('stem', [True, False])
+def test_weights_are_widened_as_the_page_says(tmp_path: Path, stem: bool) -> None:
+    """They load into a model of four channels, which sees in a grey image what it saw before."""
+    text = (DOCS / 'faq.md').read_text(encoding='utf-8')
+    (code,) = re.findall(r'^```python\n(.*?)^```', text, flags=re.MULTILINE | re.DOTALL)
+    model = LaViT('nano', conv_stem=stem).eval()
+    weights = {f'backbone.{name}': value for name, value in model.state_dict().items()}
+    torch.save({'state_dict': weights, 'meta': {}}, tmp_path / 'rgb.pth')
+    ran = subprocess.run([sys.executable, '-c', code], cwd=tmp_path, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    start = dict(checkpoint=str(tmp_path / 'rgbx.pth'))
+    wide = LaViT('nano', in_channels=4, conv_stem=stem, init_cfg=start)
+    wide.init_weights()
+    grey = torch.rand(1, 1, 64, 64, generator=torch.Generator().manual_seed(0))
+    image = grey.expand(1, 3, 64, 64)
+    with torch.no_grad():
+        before = model(image)
+        after = wide.eval()(torch.cat([image, torch.zeros_like(grey)], dim=1))
+    for a, b in zip(before, after, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize('page', ['get_started', 'faq'])
+def test_configs_and_commands_that_pages_name_are_there(page: str) -> None:
+    text = (DOCS / f'{page}.md').read_text(encoding='utf-8')
+    commands = set(re.findall(r'mmlavit (\w+) (?=CONFIG|NAME|\w+_lavit)', text))
+    assert commands and commands <= set(re.findall(r'^ {2,4}(\w+)', command_help(), re.MULTILINE))
+    names = set(re.findall(r'\b\w+_lavit_\w+?(?=[\s`/.])', text))
+    assert names and names <= set(configs())
+
+
+def command_help() -> str:
+    ran = subprocess.run(
+        [sys.executable, '-m', 'mmlavit', '--help'], capture_output=True, text=True
+    )
+    return ran.stdout
 
 
 @pytest.mark.slow

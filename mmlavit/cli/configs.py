@@ -6,10 +6,10 @@ import argparse
 import fnmatch
 import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from ..compat import repair_torchvision
+from ..engine.launch import read_scope, require_package
 from ..errors import MMLaViTError
 from ..shipped import config_path, configs
 
@@ -37,15 +37,30 @@ def make_parser() -> argparse.ArgumentParser:
     add('--force', action='store_true', help='replace files that are there')
     add = commands.add_parser(
         'new',
-        help="write one for your own data in COCO's format",
-        description="Writes a config for data of your own in COCO's format: class names and their "
-        'number are read from the annotations, and put wherever the model and the data need them.',
+        help='write one for your own data',
+        description="Writes a config for data of your own: annotations in COCO's format for a "
+        'detector, img_dir/ and ann_dir/ with PNG masks for a segmentor, a folder for each class '
+        'for a classifier. Names of classes and their number are put wherever the model and the '
+        'data need them.',
     ).add_argument
-    add('--from', dest='base', required=True, metavar='CONFIG', help='the detector to start from')
+    add('--from', dest='base', required=True, metavar='CONFIG', help='the config to start from')
     add('--data', type=Path, required=True, metavar='DIR', help='folder of the data')
     for split in ('train', 'val'):
-        add(f'--{split}', type=Path, metavar='FILE', help=f'its {split} annotations, if not found')
+        add(
+            f'--{split}',
+            type=Path,
+            metavar='PATH',
+            help=f'its {split} annotations (a file, or the folder of masks or classes), if not '
+            'found',
+        )
         add(f'--{split}-images', type=Path, metavar='DIR', help='folder of their images, likewise')
+    add(
+        '--classes',
+        nargs='+',
+        metavar='NAME',
+        help='for a segmentor: the classes of the masks, from 0 (default: the lines of '
+        'classes.txt in the folder of the data)',
+    )
     add('--out', type=Path, metavar='FILE', help='the file to write (default: named after both)')
     add('--force', action='store_true', help='replace a file that is there')
     return parser
@@ -132,7 +147,7 @@ def copy_configs(patterns: Sequence[str], out: Path, force: bool = False) -> lis
 
 
 def new_config(args: argparse.Namespace) -> None:
-    """Write a config for data in COCO's format.
+    """Write a config for data of one's own.
 
     Args:
         args: What the command line says.
@@ -143,7 +158,23 @@ def new_config(args: argparse.Namespace) -> None:
     base, ours = config_path(args.base), configs()
     out = args.out or Path(f'{base.stem}_{args.data.resolve().name}.py')
     check_free(out, args.force)
-    repair_torchvision()
+    scope = read_scope(base)
+    require_package(scope)
+    name = f'mmlavit::{base.name}' if ours.get(base.stem) == base else str(base.resolve())
+    text, table = _KINDS[scope](args, base, name)
+    write(out, text)
+    width = max(map(len, table))
+    print(f'{"":{width}}  train on  validate on')
+    for what, (train, val) in table.items():
+        print(f'{what:{width}}  {train:8}  {val:11}')
+    print('written:', out)
+
+
+# The text of a config, and how many of what there are to train and to validate on.
+Written = tuple[str, dict[str, tuple[int, int]]]
+
+
+def _for_boxes(args: argparse.Namespace, base: Path, name: str) -> Written:
     from ..datasets.own_coco import (
         Split,
         find_annotations,
@@ -152,19 +183,61 @@ def new_config(args: argparse.Namespace) -> None:
         read_annotations,
     )
 
+    _refuse(args, 'classes')
     splits = []
-    for name in ('train', 'val'):
-        file, images = getattr(args, name), getattr(args, f'{name}_images')
-        annotations = read_annotations(file) if file else find_annotations(args.data, name)
-        splits.append(Split(annotations, images or find_images(args.data, annotations, name)))
-    known = ours.get(base.stem) == base
-    base_name = f'mmlavit::{base.name}' if known else str(base.resolve())
-    write(out, make_config(base, base_name, args.data, *splits))
-    width = max(map(len, splits[0].annotations.classes))
-    print(f'{"objects to":{width}}  train on  validate on')
-    for name, number in splits[0].annotations.counts.items():
-        print(f'{name:{width}}  {number:8}  {splits[1].annotations.counts[name]:11}')
-    print('written:', out)
+    for split in ('train', 'val'):
+        file, images = getattr(args, split), getattr(args, f'{split}_images')
+        annotations = read_annotations(file) if file else find_annotations(args.data, split)
+        splits.append(Split(annotations, images or find_images(args.data, annotations, split)))
+    text = make_config(base, name, args.data, *splits)
+    train, val = (split.annotations.counts for split in splits)
+    return text, {name: (number, val[name]) for name, number in train.items()}
+
+
+def _for_masks(args: argparse.Namespace, base: Path, name: str) -> Written:
+    from ..datasets.own_folders import (
+        CLASSES_FILE,
+        Masks,
+        find_masks,
+        make_masks_config,
+        read_classes,
+    )
+
+    splits = []
+    for split in ('train', 'val'):
+        masks, images = getattr(args, split), getattr(args, f'{split}_images')
+        if bool(masks) != bool(images):
+            raise MMLaViTError(f'--{split} and --{split}-images go together, for masks')
+        splits.append(Masks(images, masks) if masks else find_masks(args.data, split))
+    classes = args.classes or read_classes(args.data / CLASSES_FILE)
+    text = make_masks_config(base, name, args.data, classes, *splits)
+    return text, {'images': (len(splits[0]), len(splits[1]))}
+
+
+def _for_classes(args: argparse.Namespace, base: Path, name: str) -> Written:
+    from ..datasets.own_folders import count_images, find_tree, make_tree_config
+
+    _refuse(args, 'classes', 'train_images', 'val_images')
+    trees = [getattr(args, split) or find_tree(args.data, split) for split in ('train', 'val')]
+    text = make_tree_config(base, name, args.data, *trees)
+    train, val = map(count_images, trees)
+    return text, {name: (number, val[name]) for name, number in train.items()}
+
+
+def _refuse(args: argparse.Namespace, *options: str) -> None:
+    for option in options:
+        if getattr(args, option):
+            raise MMLaViTError(
+                f'--{option.replace("_", "-")} is not for this config, whose annotations or '
+                'folders name the classes and images'
+            )
+
+
+_KINDS: dict[str, Callable[[argparse.Namespace, Path, str], Written]] = {
+    'mmdet': _for_boxes,
+    'mmseg': _for_masks,
+    'mmpretrain': _for_classes,
+}
 
 
 def check_free(file: Path, force: bool) -> None:

@@ -1,1 +1,1 @@
-"""Data sets: shapes that are made here, and converters of public ones."""
+"""Data sets: shapes that are made here, converters of public ones, configs of one's own."""

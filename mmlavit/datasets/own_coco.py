@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
 import json
-import pprint
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,21 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from mmengine.config import Config
-from mmengine.registry import DefaultScope
 from mmengine.utils import is_list_of
 
-from ..engine.data_checks import HEADS, check_classes, innermost
-from ..engine.launch import read_scope, require_package
-from ..errors import MMLaViTError
+from .own_config import OwnDataError, as_text, below, check, top, with_classes
 
 # How deep annotation files and folders of images may lie in the folder of the data.
 _DEPTH = 3
 # What the files of the two splits have in their paths; of two words, the first that is found.
 _SPLITS = {'train': ('train',), 'val': ('val', 'test')}
-
-
-class OwnDataError(MMLaViTError, ValueError):
-    """Data do not make a config; the text is one line that says why."""
 
 
 @dataclass(frozen=True)
@@ -208,10 +199,6 @@ def make_config(base: Path, base_name: str, data: Path, train: Split, val: Split
             that the config does not name.
         mmlavit.engine.launch.LaunchError: If the config is missing or unreadable.
     """
-    scope = read_scope(base)
-    if scope != 'mmdet':
-        raise OwnDataError(f"{base} is of {scope}; data in COCO's format are for detectors (mmdet)")
-    require_package(scope)
     cfg = Config.fromfile(base)
     classes = train.annotations.classes
     if val.annotations.classes != classes:
@@ -219,15 +206,9 @@ def make_config(base: Path, base_name: str, data: Path, train: Split, val: Split
             f'{val.annotations.file} has the categories {val.annotations.classes}, and '
             f'{train.annotations.file} has {classes}; they must be the same, in the same order'
         )
-    names = pprint.pformat(tuple(classes), width=76)
     lines = [
-        f'# {len(classes)} classes, {len(train.annotations.images)} images to train on and '
-        f'{len(val.annotations.images)} to validate on. Written by',
-        "# 'mmlavit configs new'; learning rate, batch size and schedule are those of the base.",
-        f'_base_ = {base_name!r}',
-        '',
-        f'metainfo = dict(classes={names})',
-        f'model = {_text(_with_classes(cfg.model.to_dict(), len(classes)))}',
+        *top(base_name, classes, len(train.annotations.images), len(val.annotations.images)),
+        f'model = {as_text(with_classes(cfg.model.to_dict(), len(classes)))}',
         '',
     ]
     for name, split in (('train', train), ('val', val)):
@@ -246,8 +227,8 @@ def make_config(base: Path, base_name: str, data: Path, train: Split, val: Split
         lines += [
             f'{name}_data = dict(',
             f'    data_root={f"{data}/"!r},',
-            f'    ann_file={_below(file, data)!r},',
-            f'    data_prefix=dict(img={_below(split.images, data)!r}),',
+            f'    ann_file={below(file, data)!r},',
+            f'    data_prefix=dict(img={below(split.images, data)!r}),',
             '    metainfo=metainfo,',
             ')',
             f'{name}_dataloader = dict(dataset={wrapped})',
@@ -260,53 +241,5 @@ def make_config(base: Path, base_name: str, data: Path, train: Split, val: Split
         'test_evaluator = val_evaluator',
     ]
     text = '\n'.join(lines) + '\n'
-    _check(text)
+    check(text, 'mmdet')
     return text
-
-
-def _below(path: Path, data: Path) -> str:
-    """A path as seen from the folder of the data; absolute if it is elsewhere."""
-    if path.is_relative_to(data):
-        return path.relative_to(data).as_posix()
-    return path.resolve().as_posix()
-
-
-def _with_classes(model: Any, number: int, name: str = '') -> Any:
-    """What has to change in the config of a model for so many classes; None for nothing."""
-    if isinstance(model, list | tuple):
-        changes = [_with_classes(part, number, name) for part in model]
-        # MMEngine replaces lists as a whole.
-        merged = [_merged(part, change) for part, change in zip(model, changes, strict=True)]
-        return merged if any(changes) else None
-    if not isinstance(model, dict):
-        return None
-    found = {key: _with_classes(part, number, key) for key, part in model.items()}
-    found = {key: change for key, change in found.items() if change}
-    if name in HEADS and 'num_classes' in model:
-        found['num_classes'] = number
-    return found
-
-
-def _merged(old: Any, change: Any) -> Any:
-    if not isinstance(change, dict):
-        return old if change is None else change
-    return {**old, **{key: _merged(old.get(key), part) for key, part in change.items()}}
-
-
-def _text(value: Any) -> str:
-    """A value as configs are written."""
-    if isinstance(value, dict):
-        return f'dict({", ".join(f"{key}={_text(part)}" for key, part in value.items())})'
-    if isinstance(value, list):
-        return f'[{", ".join(map(_text, value))}]'
-    return repr(value)
-
-
-def _check(text: str) -> None:
-    """See that the heads of the model that a config builds and its data have as many classes."""
-    cfg = Config.fromstring(text, '.py')
-    registry = importlib.import_module('mmdet.registry')
-    with DefaultScope.overwrite_default_scope('mmdet'):
-        model = registry.MODELS.build(cfg.model)
-        dataset = {**innermost(cfg.train_dataloader), 'lazy_init': True}
-        check_classes(model, registry.DATASETS.build(dataset))

@@ -40,15 +40,17 @@ class Predictor(ABC):
         threshold: The least score of what is drawn and counted.
     """
 
-    #: Module and class of the toolbox's inferencer, and the type of its visualizer.
+    #: Module and class of the toolbox's inferencer, and of the visualizer.
     inferencer: tuple[str, str]
-    visualizer: str
+    visualizer: tuple[str, str]
 
     def __init__(self, cfg: Config, device: str, threshold: float) -> None:
-        module, name = self.inferencer
+        build, visualizer = (
+            getattr(importlib.import_module(module), name)
+            for module, name in (self.inferencer, self.visualizer)
+        )
         # Drawings go to files here, not to where a training logs.
-        cfg.visualizer = dict(type=self.visualizer)
-        build = getattr(importlib.import_module(module), name)
+        cfg.visualizer = dict(type=visualizer)
         with warnings.catch_warnings():
             # Of missing weights and class names, which come after this.
             warnings.simplefilter('ignore')
@@ -104,7 +106,7 @@ class Detector(Predictor):
     """A detector of mmdet: boxes and masks, as COCO has them."""
 
     inferencer = 'mmdet.apis', 'DetInferencer'
-    visualizer = 'DetLocalVisualizer'
+    visualizer = 'mmlavit.inference.drawing', 'ClassColourVisualizer'
 
     def __init__(self, cfg: Config, device: str, threshold: float) -> None:
         super().__init__(cfg, device, threshold)
@@ -178,7 +180,7 @@ class Segmentor(Predictor):
     """A segmentor of mmseg: an image of labels."""
 
     inferencer = 'mmseg.apis', 'MMSegInferencer'
-    visualizer = 'SegLocalVisualizer'
+    visualizer = 'mmseg.visualization', 'SegLocalVisualizer'
 
     def __init__(self, cfg: Config, device: str, threshold: float) -> None:
         super().__init__(cfg, device, threshold)
@@ -224,7 +226,7 @@ class Classifier(Predictor):
     """A classifier of mmpretrain: classes and scores."""
 
     inferencer = 'mmpretrain.apis', 'ImageClassificationInferencer'
-    visualizer = 'UniversalVisualizer'
+    visualizer = 'mmpretrain.visualization', 'UniversalVisualizer'
 
     def __init__(self, cfg: Config, device: str, threshold: float) -> None:
         super().__init__(cfg, device, threshold)

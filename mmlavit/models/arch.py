@@ -183,8 +183,8 @@ def _check_ratios(values: object) -> tuple[float, ...]:
     return tuple(map(float, values))
 
 
-#: Nano is ours, for demos and small data. The others land on the paper's sizes; the paper prints no
-#: table of its own.
+#: The family, by name. Nano is ours, for demos and small data. The others land on the paper's
+#: sizes; the paper prints no table of its own.
 ARCHS: dict[str, Arch] = {
     'nano': Arch(
         embed_dims=(32, 64, 160, 320),

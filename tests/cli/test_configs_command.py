@@ -257,10 +257,166 @@ def test_new_refuses(call, spoil, pieces):
     assert not list(Path().glob('*.py'))
 
 
-@pytest.mark.parametrize('base, piece', [('upernet_lavit_n_shapes', 'mmseg'), ('no', 'not found')])
-def test_new_is_for_detectors(call, base, piece):
-    code, _, err = call('new', '--from', base, '--data', make_data(Path('things')))
+@pytest.mark.parametrize(
+    'base, piece',
+    [('upernet_lavit_n_shapes', 'img_dir/train'), ('lavit_n_shapes', 'train'), ('no', 'not found')],
+)
+def test_new_names_what_is_not_there(call, base, piece):
+    """Data of another kind, and no such config."""
+    code, _, err = call('new', '--from', base, '--data', make_data(Path('things'), 'images apart'))
     assert code == 2 and piece in the_one_line(err)
+    assert not list(Path().glob('*.py'))
+
+
+def test_new_for_mask2former(call, tmp_path):
+    """Whose head counts things and stuff, and weighs the classes and no object one by one."""
+    data = make_data(tmp_path / 'things')
+    Path('base.py').write_text(
+        "_base_ = 'mmdet::mask2former/mask2former_r50_8xb2-lsj-50e_coco.py'\n"
+        "model = dict(backbone=dict(init_cfg=None))\ndefault_scope = 'mmdet'\n"
+    )
+    code, _, err = call('new', '--from', 'base.py', '--data', data, '--out', 'mine.py')
+    assert code == 0, err
+    model = Config.fromfile('mine.py').model
+    assert model.panoptic_head.num_things_classes == 3
+    assert model.panoptic_fusion_head.num_things_classes == 3
+    assert model.panoptic_head.loss_cls.class_weight == [1.0, 1.0, 1.0, 0.1]
+
+
+# ---- Masks of pixels, for mmseg ------------------------------------------------------------------
+
+PIXELS = ('nothing', 'bolt', 'nut')
+
+
+def make_masks(folder: Path, layout: str = '{kind}_dir/{split}', sides=(64, 96)) -> Path:
+    """Three images to train on and two to validate, of which each has all classes."""
+    print('seed 0')
+    generator = np.random.default_rng(0)
+    for split, number in (('train', 3), ('val', 2)):
+        for index in range(number):
+            mask = np.zeros(sides, np.uint8)
+            mask[5:30, 5:30], mask[30:60, 40:60], mask[-3:] = 1, 2, 255
+            pixels = generator.integers(256, size=(*sides, 3), dtype=np.uint8)
+            for kind, picture, suffix in (('img', pixels, 'jpg'), ('ann', mask, 'png')):
+                file = folder / layout.format(kind=kind, split=split) / f'{index}.{suffix}'
+                file.parent.mkdir(parents=True, exist_ok=True)
+                cv2.imwrite(str(file), picture)
+    (folder / 'classes.txt').write_text('\n'.join(PIXELS) + '\n')
+    return folder
+
+
+@pytest.mark.parametrize('base', ['upernet_lavit_n_shapes', 'semfpn_lavit_t_ade20k'])
+def test_new_for_masks(call, base):
+    data = make_masks(Path('things'))
+    code, out, err = call('new', '--from', base, '--data', data)
+    assert (code, err) == (0, '') and out.split('images')[1].split()[:2] == ['3', '2']
+    cfg, old = Config.fromfile(f'{base}_things.py'), Config.fromfile(configs()[base])
+    assert cfg.model.decode_head.num_classes == 3
+    assert not cfg.model.decode_head.loss_decode.get('class_weight')
+    for split in ('train', 'val', 'test'):
+        dataset = cfg[f'{split}_dataloader'].dataset
+        there = 'val' if split == 'test' else split
+        assert Path(dataset.data_root, dataset.data_prefix.img_path) == data / 'img_dir' / there
+        prefix = dataset.data_prefix.seg_map_path
+        assert Path(dataset.data_root, prefix) == data / 'ann_dir' / there
+        assert dataset.metainfo.classes == PIXELS and not dataset.get('reduce_zero_label')
+        steps = [step.type for step in dataset.pipeline]
+        assert steps == [step.type for step in old[f'{split}_dataloader'].dataset.pipeline]
+        assert not any(step.get('reduce_zero_label') for step in dataset.pipeline)
+    # Images of several sizes go one by one.
+    assert cfg.val_dataloader.batch_size == 1
+    assert cfg.optim_wrapper == old.optim_wrapper and cfg.train_cfg == old.train_cfg
+
+
+def test_new_for_masks_with_everything_named(call, tmp_path):
+    data = make_masks(tmp_path / 'elsewhere', '{split}/{kind}s')
+    (data / 'classes.txt').unlink()
+    named = []
+    for split in ('train', 'val'):
+        named += [f'--{split}', data / split / 'anns', f'--{split}-images', data / split / 'imgs']
+    (tmp_path / 'things').mkdir()
+    options = ['--from', 'upernet_lavit_n_camvid', '--data', 'things', '--out', 'a.py']
+    assert call('new', *options, *named, '--classes', *PIXELS)[0] == 0
+    dataset = Config.fromfile('a.py').train_dataloader.dataset
+    found = Path(dataset.data_root, dataset.data_prefix.seg_map_path)
+    assert found == data / 'train' / 'anns' and dataset.metainfo.classes == PIXELS
+
+
+@pytest.mark.parametrize(
+    'spoil, options, pieces',
+    [
+        (lambda data: (data / 'classes.txt').unlink(), [], ['classes.txt', '--classes']),
+        (lambda data: (data / 'classes.txt').write_text(''), [], ['classes.txt', 'no class']),
+        (lambda data: None, ['--classes', 'a', 'b'], ['label 2', 'num_classes=2']),
+        (lambda data: None, ['--classes', 'a', 'b', 'a'], ['several classes', "'a'"]),
+        (lambda data: None, ['--train', 'ann_dir'], ['--train', '--train-images']),
+        (lambda data: (data / 'ann_dir/val/1.png').unlink(), [], ['1 of 2', '1.jpg', '1.png']),
+        (lambda data: shutil.rmtree(data / 'ann_dir/val'), [], ['ann_dir/val', '--val-images']),
+        (
+            lambda data: (data / 'img_dir/val/1.jpg').rename(data / 'img_dir/val/1.png'),
+            [],
+            ['img_dir/val', '.jpg, .png'],
+        ),
+    ],
+)
+def test_new_refuses_masks(call, spoil, options, pieces):
+    spoil(make_masks(Path('things')))
+    base = ['--from', 'upernet_lavit_n_shapes', '--data', 'things']
+    code, out, err = call('new', *base, *options)
+    line = the_one_line(err)
+    assert (code, out) == (2, '')
+    assert [piece for piece in pieces if piece not in line] == [], line
+    assert not list(Path().glob('*.py'))
+
+
+# ---- A class a folder, for mmpretrain ------------------------------------------------------------
+
+
+def make_tree(folder: Path, names: tuple[str, ...] = ('bolt', 'nut')) -> Path:
+    for split, number in (('train', 2), ('validation', 1)):
+        for name in names:
+            for index in range(number):
+                file = folder / split / name / f'{index}.png'
+                file.parent.mkdir(parents=True, exist_ok=True)
+                cv2.imwrite(str(file), np.full((80, 90, 3), 100, np.uint8))
+    return folder
+
+
+@pytest.mark.parametrize('base', ['lavit_n_shapes', 'lavit_t_imagenet'])
+def test_new_for_folders(call, base):
+    data = make_tree(Path('things'))
+    code, out, _ = call('new', '--from', base, '--data', data)
+    assert code == 0
+    rows = [line.split() for line in out.splitlines()]
+    assert ['bolt', '2', '1'] in rows and ['nut', '2', '1'] in rows
+    cfg, old = Config.fromfile(f'{base}_things.py'), Config.fromfile(configs()[base])
+    assert cfg.model.head.num_classes == cfg.data_preprocessor.num_classes == 2
+    # There are no five best of two.
+    assert set(cfg.val_evaluator.topk) == {1} == set(cfg.test_evaluator.topk)
+    for split, folder in (('train', 'train'), ('val', 'validation'), ('test', 'validation')):
+        dataset = cfg[f'{split}_dataloader'].dataset
+        assert Path(dataset.data_root, dataset.data_prefix) == data / folder
+        assert dataset.pipeline == old[f'{split}_dataloader'].dataset.pipeline
+        assert dataset.metainfo.classes == ('bolt', 'nut')
+
+
+@pytest.mark.parametrize(
+    'spoil, options, pieces',
+    [
+        (lambda data: shutil.rmtree(data / 'train'), [], ['no folder train', '--train DIR']),
+        (lambda data: shutil.rmtree(data / 'train/nut'), [], ['validation', "['bolt']"]),
+        (lambda data: (data / 'validation/nut/0.png').unlink(), [], ['nut', 'no image']),
+        (lambda data: None, ['--classes', 'a'], ['--classes']),
+        (lambda data: None, ['--val-images', 'a'], ['--val-images']),
+    ],
+)
+def test_new_refuses_folders(call, spoil, options, pieces):
+    spoil(make_tree(Path('things')))
+    code, out, err = call('new', '--from', 'lavit_n_shapes', '--data', 'things', *options)
+    line = the_one_line(err)
+    assert (code, out) == (2, '')
+    assert [piece for piece in pieces if piece not in line] == [], line
+    assert not list(Path().glob('*.py'))
 
 
 @pytest.mark.slow

@@ -449,6 +449,9 @@ class TestReport:
         assert 'processor Abacus, cores 2' in text
         assert 'fp32, eager, 2 threads' in text
         assert re.search('Hiera-T.* ValueError: too odd', text)
+        assert 'Abacus' in text.splitlines()[0], 'named by the machine'
+        on_gpu = report.markdown({**self.MACHINE, 'device': 'Big GPU'}, [comparison])
+        assert 'Big GPU' in on_gpu.splitlines()[0]
         head, *lines = [line for line in text.splitlines() if line.startswith('|')]
         cells = [[c.strip() for c in line.split('|')[1:-1]] for line in lines[1:]]
         names = [c.strip() for c in head.split('|')[1:-1]]

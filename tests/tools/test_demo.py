@@ -42,33 +42,66 @@ def test_a_resumed_log_is_read_as_one(resumed):
     assert [r['step'] for r in records if 'loss' not in r] == [1, 2]
 
 
-def test_curves_show_losses_and_precisions(resumed, monkeypatch):
+@pytest.fixture
+def drawn(monkeypatch):
+    """The figures that were drawn."""
     import matplotlib.pyplot as plt
 
     figures = []
     monkeypatch.setattr(plt, 'close', figures.append)
+    return figures
+
+
+def lines_of(panel) -> dict[str, list]:
+    return {line.get_label(): list(line.get_xdata()) for line in panel.get_lines()}
+
+
+def test_curves_show_losses_and_precisions(resumed, drawn):
     out = demo.draw_curves(resumed, resumed / 'curves.png')
     assert cv2.imread(str(out)).shape[1] > 1000
-    losses, precisions = figures[0].axes
-    lines = {line.get_label(): list(line.get_xdata()) for line in losses.get_lines()}
-    assert lines == {'loss': [10, 20, 30, 40], 'loss_dp': [10, 20, 30, 40]}
-    lines = {line.get_label(): list(line.get_xdata()) for line in precisions.get_lines()}
-    assert lines == {'coco/bbox_mAP': [1, 2], 'coco/bbox_mAP_50': [1, 2]}
+    losses, boxes = drawn[0].axes
+    assert set(map(tuple, lines_of(losses).values())) == {(10, 20, 30, 40)}
+    assert len(lines_of(losses)) == 2 and 'loss_dp' in lines_of(losses)
+    assert list(lines_of(boxes).values()) == [[1, 2], [1, 2]]
+    assert [list(line.get_ydata()) for line in boxes.get_lines()] == [[0.2, 0.2], [0.4, 0.4]]
 
 
 @pytest.mark.parametrize(
-    'values, name, top',
-    [([0.2, 0.9], 'coco/bbox_mAP', 1), ([20.0, 90.0], 'mIoU', 100), ([0.5], 'accuracy/top1', 100)],
+    'values, name, axis, top',
+    [
+        ([0.2, 0.9], 'coco/bbox_mAP', 'box AP', 1),
+        ([0.2, 1.0], 'coco/segm_mAP', 'mask AP', 1),
+        ([20.0, 90.0], 'mIoU', 'percent', 100),
+        ([0.5], 'accuracy/top1', 'top-1 accuracy, percent', 100),
+    ],
 )
-def test_curves_have_the_toolboxes_scales(tmp_path, monkeypatch, values, name, top):
-    import matplotlib.pyplot as plt
-
-    figures = []
-    monkeypatch.setattr(plt, 'close', figures.append)
-    records = [{name: v, 'step': i} for i, v in enumerate(values)]
-    write_run(tmp_path, 'run', [{'loss': 1.0, 'step': 1}, *records])
+@pytest.mark.parametrize('unit', ['epoch', 'iteration'])
+def test_axes_of_curves(tmp_path, drawn, values, name, axis, top, unit):
+    """In the toolboxes' scales, and in what the training counted; never 1.25 epochs."""
+    records = [{name: v, 'step': i} for i, v in enumerate(values, 1)]
+    trained = {'loss': 1.0, 'step': 1, **({'epoch': 1} if unit == 'epoch' else {})}
+    write_run(tmp_path, 'run', [trained, *records])
     demo.draw_curves(tmp_path, tmp_path / 'curves.png')
-    assert figures[0].axes[1].get_ylim() == (0, top)
+    losses, panel = drawn[0].axes
+    assert (losses.get_xlabel(), losses.get_ylabel()) == ('iteration', 'loss')
+    assert (panel.get_xlabel(), panel.get_ylabel()) == (unit, axis)
+    bottom, end = panel.get_ylim()
+    assert bottom == 0 and top < end < 1.1 * top
+    assert all(float(tick).is_integer() for tick in panel.get_xticks())
+
+
+def test_no_curve_hides_another(tmp_path, drawn):
+    """Boxes and masks were as good in every epoch: two panels."""
+    same = {f'coco/{kind}_mAP{end}': 0.9 for kind in ('bbox', 'segm') for end in ('', '_50')}
+    same |= {f'coco/{kind}_mAP': 0.8 for kind in ('bbox', 'segm')}
+    records = [{**same, 'step': step} for step in (1, 2)]
+    write_run(tmp_path, 'run', [{'loss': 1.0, 'step': 1, 'epoch': 1}, *records])
+    demo.draw_curves(tmp_path, tmp_path / 'curves.png')
+    shown = [tuple(line.get_ydata()) for panel in drawn[0].axes[1:] for line in panel.get_lines()]
+    assert sorted(shown) == [(0.8, 0.8)] * 2 + [(0.9, 0.9)] * 2
+    for panel in drawn[0].axes:
+        curves = [tuple(line.get_ydata()) for line in panel.get_lines()]
+        assert len(set(curves)) == len(curves)
 
 
 def test_knows_when_each_training_is_over():

@@ -18,7 +18,6 @@ from mmlavit.datasets.shapes import CLASSES, ShapesRecipe, make_shapes
 from repository import demo_pictures
 
 SIDE = 96 * demo_pictures.SCALE
-FRAME = 6
 
 
 @pytest.fixture(scope='module')
@@ -33,66 +32,109 @@ def enlarged(path: Path | str) -> np.ndarray:
     return cv2.resize(image, (SIDE, SIDE), interpolation=cv2.INTER_CUBIC).astype(int)
 
 
-def tiles(sheet: Path, width: int, height: int = SIDE) -> list[np.ndarray]:
-    """The pictures on a sheet of one row of four."""
+def spans(filled: np.ndarray) -> list[slice]:
+    """Where a row or column of flags is set without a gap."""
+    edges = np.flatnonzero(np.diff(np.r_[0, filled.astype(int), 0]))
+    return [slice(a, b) for a, b in zip(edges[::2], edges[1::2], strict=True)]
+
+
+def pictures(sheet: Path) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """The pictures on a sheet, row by row, and the strips over them: BGR."""
     image = cv2.imread(str(sheet)).astype(int)
-    assert image.shape == (height + 2 * FRAME, 4 * (width + 2 * FRAME), 3)
-    parts = np.split(image, 4, axis=1)
-    return [part[FRAME:-FRAME, FRAME:-FRAME] for part in parts]
+    ink = (image < 250).any(-1)
+    rows = [s for s in spans(ink.mean(1) > 0.5) if s.stop - s.start == SIDE]
+    columns = [s for s in spans(ink[rows[0]].any(0)) if s.stop - s.start == SIDE]
+    found, over = [], []
+    for row in rows:
+        for column in columns:
+            picture = image[row, column]
+            if (picture < 250).any():
+                found.append(picture)
+                over.append(image[row.start - 30 : row.start, column])
+    return found, over
 
 
 def changed(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return np.abs(a - b).max(-1) > 30
 
 
+def large(mask: np.ndarray) -> np.ndarray:
+    return cv2.resize(mask, (SIDE, SIDE), interpolation=cv2.INTER_NEAREST) > 0
+
+
+def inside(mask: np.ndarray) -> np.ndarray:
+    """A mask without its rim, where the outline is."""
+    return cv2.erode(large(mask).astype(np.uint8), np.ones((13, 13))) > 0
+
+
+def dark(strip: np.ndarray) -> bool:
+    return (strip.max(-1) < 100).any()
+
+
 def test_instances(shapes, tmp_path):
+    """All right in the first images; in the third a wrong class, in the last nothing is found."""
     truth = COCO(str(shapes / 'coco/annotations/instances_val2017.json'))
-    samples = []
+    samples, true_masks = [], []
     for info in truth.loadImgs(truth.getImgIds()):
         found = truth.loadAnns(truth.getAnnIds(imgIds=[info['id']]))
+        true_masks.append([truth.annToMask(a) for a in found])
         if info['id'] == 4:
             found = []
-        masks = [np.asfortranarray(truth.annToMask(a)) for a in found]
         boxes = torch.tensor([a['bbox'] for a in found]).reshape(-1, 4)
         boxes[:, 2:] += boxes[:, :2]
+        wrong = info['id'] == 3
+        labels = [(a['category_id'] - 1 + wrong) % 3 for a in found]
         samples.append(
             dict(
                 img_id=info['id'],
                 img_path=str(shapes / 'coco/val2017' / info['file_name']),
                 pred_instances=dict(
                     bboxes=boxes,
-                    labels=torch.tensor([a['category_id'] - 1 for a in found], dtype=torch.long),
+                    labels=torch.tensor(labels, dtype=torch.long),
                     scores=torch.full((len(found),), 0.9),
-                    masks=[rle.encode(m) for m in masks],
+                    masks=[rle.encode(np.asfortranarray(truth.annToMask(a))) for a in found],
                 ),
             )
         )
     (tmp_path / 'p.pkl').write_bytes(pickle.dumps(samples))
     sheet = demo_pictures.draw_instances(tmp_path / 'p.pkl', shapes, tmp_path / 'p.png')
-    for tile, sample in zip(tiles(sheet, 2 * SIDE), samples, strict=True):
-        left, right = tile[:, :SIDE], tile[:, SIDE:]
+    found, over = pictures(sheet)
+    assert len(found) == 2 * len(samples)
+    assert all(dark(strip) for strip in over[:4]), 'headings'
+    for index, (sample, masks) in enumerate(zip(samples, true_masks, strict=True)):
+        left, right = found[2 * index : 2 * index + 2]
         image = enlarged(sample['img_path'])
         assert changed(left, image).any(), 'the truth is drawn on the left'
-        drawn = changed(right, image).any()
-        assert drawn == (sample['img_id'] != 4), 'and the prediction, if any, on the right'
+        number = sample['img_id']
+        assert changed(right, image).any() == (number != 4), 'the prediction, if any, on the right'
+        # Half of an object is free of labels, which are as large in both but for the score.
+        same = [np.median(np.abs(left - right)[inside(m)]) < 12 for m in masks]
+        assert all(same) if number < 3 else not any(same), 'one colour a class'
 
 
 def test_segmentation(shapes, tmp_path):
-    """Tinted where there is a shape and nowhere else, right after the prediction."""
-    predictions = shutil.copytree(shapes / 'ade/annotations/validation', tmp_path / 'predictions')
+    """Each class in its colour on both sides, right after the truth and the prediction."""
+    truth = shapes / 'ade/annotations/validation'
+    predictions = shutil.copytree(truth, tmp_path / 'predictions')
     names = sorted(path.name for path in predictions.iterdir())
     cv2.imwrite(str(predictions / names[-1]), np.ones((96, 96), np.uint8))  # nothing found
     sheet = demo_pictures.draw_segmentation(predictions, shapes, tmp_path / 'p.png')
-    for tile, name in zip(tiles(sheet, 2 * SIDE), names, strict=True):
+    found, over = pictures(sheet)
+    assert len(found) == 2 * len(names) and all(dark(strip) for strip in over[:4])
+    colours = np.array(demo_pictures.COLOURS)[:, ::-1]
+    for index, name in enumerate(names):
+        left, right = found[2 * index : 2 * index + 2]
         image = enlarged(shapes / 'ade/images/validation' / name.replace('.png', '.jpg'))
-        labels = cv2.imread(str(shapes / 'ade/annotations/validation' / name), 0)
-        shape = cv2.resize(labels, (SIDE, SIDE), interpolation=cv2.INTER_NEAREST) > 1
-        left, right = tile[:, :SIDE], tile[:, SIDE:]
-        assert (left != image).any(-1)[shape].mean() > 0.9
-        assert not changed(left, image)[~shape].any()
+        labels = cv2.imread(str(truth / name), 0)
+        for label in set(np.unique(labels)) - {0, 1}:
+            there = inside((labels == label).astype(np.uint8))
+            colour = colours[label - 2]
+            nearer = np.abs(left - colour).sum(-1) <= np.abs(image - colour).sum(-1)
+            assert nearer[there].all(), 'in the colour of its class'
         assert (left == right).all() == (name != names[-1])
         if name == names[-1]:
-            assert not changed(right, image).any()
+            found_too = inside((labels > 1).astype(np.uint8))
+            assert changed(left, right)[found_too].all()
 
 
 def test_classes(shapes, tmp_path):
@@ -109,9 +151,9 @@ def test_classes(shapes, tmp_path):
         )
     (tmp_path / 'p.pkl').write_bytes(pickle.dumps(samples))
     sheet = demo_pictures.draw_classes(tmp_path / 'p.pkl', shapes, tmp_path / 'p.png')
-    text_height = 32
-    for i, tile in enumerate(tiles(sheet, SIDE, SIDE + text_height)):
-        assert not changed(tile[text_height:], enlarged(samples[i]['img_path'])).any()
-        text = tile[:text_height].reshape(-1, 3)
-        blue, green, red = text[text.max(1) < 230].mean(0)
-        assert (red > green) == (i == 3)
+    found, over = pictures(sheet)
+    assert len(found) == len(samples) == 4
+    for index, (picture, strip) in enumerate(zip(found, over, strict=True)):
+        assert (picture == enlarged(samples[index]['img_path'])).all()
+        blue, green, red = strip[strip.max(-1) < 230].mean(0)
+        assert (red > green) == (index == 3)

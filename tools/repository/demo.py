@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib
+import numpy as np
 from mmengine.config import Config
 from mmengine.fileio import load
 from mmengine.runner import find_latest_checkpoint
@@ -21,6 +22,14 @@ from mmlavit.datasets.shapes import ShapesRecipe, make_shapes
 from .demo_pictures import draw_classes, draw_instances, draw_segmentation
 
 SHAPES = Path('data/shapes')
+# A panel of the curves for each, as lines of one panel may lie on each other: what its axis is
+# called, and by their names in MMEngine's log what its lines are.
+METRICS = {
+    'box AP': {'coco/bbox_mAP': 'AP', 'coco/bbox_mAP_50': 'AP at IoU 0.5'},
+    'mask AP': {'coco/segm_mAP': 'AP', 'coco/segm_mAP_50': 'AP at IoU 0.5'},
+    'percent': {'mIoU': 'mean IoU', 'mAcc': 'mean accuracy of the classes'},
+    'top-1 accuracy, percent': {'accuracy/top1': 'top-1 accuracy'},
+}
 
 
 @dataclass(frozen=True)
@@ -172,22 +181,43 @@ def draw_curves(work_dir: Path, out: Path) -> Path:
     """
     matplotlib.use('Agg')
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import MaxNLocator
 
-    records = read_scalars(work_dir)
-    figure, panels = plt.subplots(1, 2, figsize=(11, 4), layout='constrained')
-    for panel, title, x_label, shown, training in (
-        (panels[0], 'training loss', 'iteration', r'(.*\.)?loss.*', True),
-        (panels[1], 'validation', 'step', r'.*_mAP(_50)?|mIoU|mAcc|accuracy/top1', False),
-    ):
-        rows = [r for r in records if ('loss' in r) is training]
-        for name in filter(re.compile(shown).fullmatch, rows[0] if rows else ()):
-            panel.plot([r['step'] for r in rows], [r[name] for r in rows], '.-', label=name)
-        panel.set(title=title, xlabel=x_label)
+    trained, validated = [], []
+    for record in read_scalars(work_dir):
+        (trained if 'loss' in record else validated).append(record)
+    metrics = {
+        title: found
+        for title, names in METRICS.items()
+        if (
+            found := {key: name for key, name in names.items() if validated and key in validated[0]}
+        )
+    }
+    count = 1 + len(metrics)
+    figure, panels = plt.subplots(1, count, figsize=(5 * count, 4), layout='constrained')
+    panels = list(np.atleast_1d(panels))
+    losses = re.compile(r'(.*\.)?loss.*')
+    for name in filter(losses.fullmatch, trained[0] if trained else ()):
+        style = dict(linewidth=2.5, color='black') if name == 'loss' else dict(linewidth=1.2)
+        label = 'sum of losses' if name == 'loss' else name
+        panels[0].plot(
+            [r['step'] for r in trained], [r[name] for r in trained], label=label, **style
+        )
+    panels[0].set(title='training', xlabel='iteration', ylabel='loss', yscale='log')
+    # MMEngine's loops of epochs say in which one an iteration was.
+    unit = 'epoch' if trained and 'epoch' in trained[0] else 'iteration'
+    for panel, (title, names) in zip(panels[1:], metrics.items(), strict=True):
+        for key, name in names.items():
+            values = [r[key] for r in validated]
+            panel.plot([r['step'] for r in validated], values, '.-', label=name)
+        # mmdet counts to 1, the other toolboxes to 100; a little more, so that no line is the edge.
+        top = 1 if 'mAP' in next(iter(names)) else 100
+        panel.set(title='held-out images', xlabel=unit, ylabel=title, ylim=(0, 1.03 * top))
+        panel.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10], min_n_ticks=1))
+    for panel in panels:
         panel.grid(alpha=0.3)
-        panel.legend(fontsize=7)
-    panels[0].set_yscale('log')
-    # mmdet counts to 1, the other toolboxes to 100.
-    panels[1].set_ylim(0, 1 if any('mAP' in name for r in records for name in r) else 100)
+        if len(panel.get_lines()) > 1:
+            panel.legend(fontsize=8)
     figure.savefig(out, dpi=120)
     plt.close(figure)
     return out

@@ -2,23 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import cv2
+import matplotlib
 import numpy as np
+import torch
 from mmengine.fileio import load
 
 from mmlavit.compat import repair_torchvision
 from mmlavit.datasets.shapes import CLASSES
 
+BACKGROUND = (120, 120, 120)
 COLOURS = ((230, 60, 60), (60, 170, 60), (60, 90, 230))  # of the classes, RGB
-COUNT, COLUMNS, SCALE = 12, 4, 4  # images on a sheet, images in a row, and their enlargement
+COUNT, COLUMNS, SCALE = 6, 2, 4  # images on a sheet, pairs in a row, and enlargement of an image
+# Pixels between pictures, over them for headings, and below them for the colours of the classes.
+GAP, HEADING, LEGEND = 12, 36, 44
+DPI = 100
+# Points; the sheet is shown at half its size where it stands in a page.
+FONT = 16
+HEADINGS = ('ground truth', 'prediction')
 TRUTH_LABELS = 'ade/annotations/validation'
 VAL_IMAGES = 'ade/images/validation'
 
 
 def draw_instances(predictions: Path, shapes: Path, out: Path) -> Path:
-    """Draw boxes and masks: ground truth on the left, the prediction on the right of each image.
+    """Draw boxes and masks: ground truth on the left, the prediction on the right of each pair.
 
     Args:
         predictions: The file that mmdet's ``tools/test.py --out`` wrote.
@@ -30,13 +40,14 @@ def draw_instances(predictions: Path, shapes: Path, out: Path) -> Path:
     """
     repair_torchvision()
     from mmdet.structures import DetDataSample
-    from mmdet.visualization import DetLocalVisualizer
     from pycocotools.coco import COCO
 
+    from mmlavit.inference.drawing import ClassColourVisualizer
+
     truth = COCO(str(shapes / 'coco/annotations/instances_val2017.json'))
-    visualizer = DetLocalVisualizer(line_width=2, alpha=0.5)
+    visualizer = ClassColourVisualizer(font_size=FONT, line_width=3, alpha=0.75)
     visualizer.dataset_meta = dict(classes=CLASSES, palette=list(COLOURS))
-    tiles = []
+    pictures = []
     for sample in load(predictions)[:COUNT]:
         image = _enlarged(sample['img_path'])
         drawn = DetDataSample(
@@ -44,12 +55,12 @@ def draw_instances(predictions: Path, shapes: Path, out: Path) -> Path:
             pred_instances=_predicted_instances(sample['pred_instances'], image.shape[:2]),
         )
         visualizer.add_datasample('demo', image, drawn, pred_score_thr=0.5)
-        tiles.append(visualizer.get_image())
-    return _sheet(tiles, out)
+        pictures += np.hsplit(visualizer.get_image(), 2)
+    return _sheet(pictures, out, HEADINGS)
 
 
 def draw_segmentation(predictions: Path, shapes: Path, out: Path) -> Path:
-    """Tint the pixels by class: ground truth on the left, the prediction on the right of each.
+    """Tint the pixels by class: ground truth on the left, the prediction on the right of each pair.
 
     Args:
         predictions: The folder of label images that mmseg's ``tools/test.py --out`` wrote.
@@ -59,15 +70,24 @@ def draw_segmentation(predictions: Path, shapes: Path, out: Path) -> Path:
     Returns:
         ``out``.
     """
-    tiles = []
+    repair_torchvision()
+    from mmengine.structures import PixelData
+    from mmseg.structures import SegDataSample
+    from mmseg.visualization import SegLocalVisualizer
+
+    visualizer = SegLocalVisualizer(alpha=0.75)
+    visualizer.dataset_meta = dict(classes=['background', *CLASSES], palette=[BACKGROUND, *COLOURS])
+    pictures = []
     for path in sorted(predictions.glob('*.png'))[:COUNT]:
         image = _enlarged(shapes / VAL_IMAGES / f'{path.stem}.jpg')
-        both = [
-            cv2.imread(str(p), cv2.IMREAD_GRAYSCALE)
-            for p in (shapes / TRUTH_LABELS / path.name, path)
-        ]
-        tiles.append(np.hstack([_tinted(image, labels) for labels in both]))
-    return _sheet(tiles, out)
+        for file in (shapes / TRUTH_LABELS / path.name, path):
+            labels = cv2.imread(str(file), cv2.IMREAD_GRAYSCALE)
+            labels = cv2.resize(labels, image.shape[1::-1], interpolation=cv2.INTER_NEAREST)
+            # In the files 0 is for what has no class.
+            drawn = SegDataSample(pred_sem_seg=PixelData(data=torch.from_numpy(labels - 1)[None]))
+            visualizer.add_datasample('demo', image, drawn, with_labels=False)
+            pictures.append(visualizer.get_image())
+    return _sheet(pictures, out, HEADINGS, legend=True)
 
 
 def draw_classes(predictions: Path, shapes: Path, out: Path) -> Path:
@@ -85,20 +105,16 @@ def draw_classes(predictions: Path, shapes: Path, out: Path) -> Path:
     import mmpretrain.structures  # noqa: F401  what the file holds
 
     samples = load(predictions)
-    tiles = []
+    pictures, headings, colours = [], [], []
+    count = 2 * COUNT
     # From every class some: the samples come class by class.
-    for sample in samples[:: max(len(samples) // COUNT, 1)][:COUNT]:
+    for sample in samples[:: max(len(samples) // count, 1)][:count]:
         true, found = int(sample['gt_label']), int(sample['pred_label'])
         text = f'{CLASSES[found]} {float(sample["pred_score"].max()):.2f}'
-        if found != true:
-            text += f' (is {CLASSES[true]})'
-        tile = cv2.copyMakeBorder(
-            _enlarged(sample['img_path']), 32, 0, 0, 0, cv2.BORDER_CONSTANT, value=[255] * 3
-        )
-        colour = (0, 120, 0) if found == true else (200, 0, 0)
-        cv2.putText(tile, text, (8, 23), cv2.FONT_HERSHEY_SIMPLEX, 0.65, colour, 2, cv2.LINE_AA)
-        tiles.append(tile)
-    return _sheet(tiles, out)
+        pictures.append(_enlarged(sample['img_path']))
+        headings.append(text if found == true else f'{text} (is {CLASSES[true]})')
+        colours.append('darkgreen' if found == true else 'crimson')
+    return _sheet(pictures, out, headings, colours)
 
 
 def _enlarged(path: str | Path) -> np.ndarray:
@@ -106,23 +122,63 @@ def _enlarged(path: str | Path) -> np.ndarray:
     return cv2.resize(image, None, fx=SCALE, fy=SCALE, interpolation=cv2.INTER_CUBIC)
 
 
-def _tinted(image: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """The image with its shapes in the colours of ``labels`` (2.. are the classes)."""
-    labels = cv2.resize(labels, image.shape[1::-1], interpolation=cv2.INTER_NEAREST)
-    out = image.copy()
-    for i, colour in enumerate(COLOURS):
-        here = labels == i + 2
-        out[here] = (0.4 * image[here] + 0.6 * np.array(colour)).round()
-    return out
+def _sheet(
+    pictures: Sequence[np.ndarray],
+    out: Path,
+    headings: Sequence[str],
+    colours: Sequence[str] = ('black',),
+    legend: bool = False,
+) -> Path:
+    """Put RGB pictures of one size on a white sheet, four in a row, and write it.
 
+    Args:
+        pictures: The pictures, as they stand: pixels are kept.
+        out: Picture to write.
+        headings: What stands over them, one for each picture; or two, over each pair of the first
+            row.
+        colours: Of the headings; one for all, or one for each.
+        legend: Whether to say below which colour is which class.
 
-def _sheet(tiles: list[np.ndarray], out: Path) -> Path:
-    """Put RGB images of one size on a white sheet and write it."""
-    framed = [cv2.copyMakeBorder(t, *[6] * 4, cv2.BORDER_CONSTANT, value=[255] * 3) for t in tiles]
-    rows = [
-        np.hstack(framed[i : i + COLUMNS]) for i in range(0, len(framed) - COLUMNS + 1, COLUMNS)
-    ]
-    cv2.imwrite(str(out), cv2.cvtColor(np.vstack(rows), cv2.COLOR_RGB2BGR))
+    Returns:
+        ``out``.
+    """
+    matplotlib.use('Agg')
+    import matplotlib.pyplot as plt
+    from matplotlib.patches import Patch
+
+    across = 2 * COLUMNS
+    height, width = pictures[0].shape[:2]
+    rows = -(-len(pictures) // across)
+    each = len(headings) == len(pictures)
+    # From the left and the top; a pair stands closer than two pairs.
+    lefts = [GAP + i * (width + GAP // 2) + i // 2 * GAP for i in range(across)]
+    over = HEADING if each else 0
+    tops = [HEADING - over + i * (height + over + GAP) + over for i in range(rows)]
+    sheet = lefts[-1] + width + GAP, tops[-1] + height + GAP + LEGEND * legend
+    figure = plt.figure(figsize=(sheet[0] / DPI, sheet[1] / DPI), dpi=DPI, facecolor='white')
+    for i, picture in enumerate(pictures):
+        left, top = lefts[i % across], tops[i // across]
+        figure.figimage(picture, left, sheet[1] - top - height)
+        if each or i < across:
+            figure.text(
+                (left + width / 2) / sheet[0],
+                1 - (top - HEADING / 2) / sheet[1],
+                headings[i if each else i % 2],
+                color=colours[i % len(colours)],
+                fontsize=FONT,
+                ha='center',
+                va='center',
+            )
+    if legend:
+        patches = [
+            Patch(color=tuple(value / 255 for value in colour), label=name)
+            for name, colour in zip(CLASSES, COLOURS, strict=True)
+        ]
+        figure.legend(
+            handles=patches, loc='lower center', ncols=len(patches), fontsize=FONT, frameon=False
+        )
+    figure.savefig(out, dpi=DPI)
+    plt.close(figure)
     return out
 
 
@@ -146,7 +202,6 @@ def _predicted_instances(predicted: dict, size: tuple[int, int]):
 
 def _instances(boxes: np.ndarray, labels, masks: list[np.ndarray], size: tuple[int, int]):
     """Instances in an image enlarged to ``size`` (height, width)."""
-    import torch
     from mmengine.structures import InstanceData
 
     boxes = np.array(boxes, dtype=np.float32)

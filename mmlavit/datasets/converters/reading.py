@@ -31,7 +31,7 @@ class Download:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self._zip: zipfile.ZipFile | None = None
-        #: What tells a file from another of its name, by its size and in a zip file its checksum.
+        #: Size of each file, and in a zip file its checksum; they tell it from another so called.
         self.files: dict[str, Any] = {}
         #: The same, of those that have been read.
         self.used: dict[str, Any] = {}

@@ -56,7 +56,10 @@ def markdown(machine: dict[str, object], comparisons: Sequence[Comparison]) -> s
     Returns:
         Markdown. Ratios are a model's figure over the first model's: over 1 speaks for the first.
     """
-    lines = [f'# Benchmark of {machine["date"]}', '']
+    name = f'{machine["processor"]}, {machine["cores"]} cores'
+    if machine.get('device', 'CPU') != 'CPU':
+        name = machine['device']
+    lines = [f'# Benchmark: {name}', '']
     lines += [', '.join(f'{name} {value}' for name, value in machine.items()), '']
     lines += ["Medians of interleaved rounds (least - most). Ratios: over the first row's figure."]
     if any(row.linear == 'ours' for comparison in comparisons for row in comparison.rows):

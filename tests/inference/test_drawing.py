@@ -1,0 +1,113 @@
+"""Drawings of boxes and masks: one colour a class, labels in the image that can be read."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from mmdet.structures import DetDataSample
+from mmdet.structures.mask import BitmapMasks
+from mmengine.structures import InstanceData
+
+from mmlavit.inference.drawing import ClassColourVisualizer
+
+PALETTE = [(250, 40, 40), (40, 200, 40), (40, 40, 250)]
+CLASSES = ('one', 'two', 'three')
+GREY = np.full((300, 400, 3), 128, np.uint8)
+
+
+def instances(boxes: list, labels: list, masks: bool = True, **more) -> InstanceData:
+    """Instances whose masks fill their boxes."""
+    filled = np.zeros((len(boxes), 300, 400), bool)
+    for mask, (left, top, right, bottom) in zip(filled, boxes, strict=True):
+        mask[top:bottom, left:right] = True
+    found = InstanceData(
+        bboxes=torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4),
+        labels=torch.tensor(labels, dtype=torch.long),
+        **more,
+    )
+    if masks:
+        found.masks = torch.from_numpy(filled)
+    return found
+
+
+def draw(found: InstanceData, palette=PALETTE, classes=CLASSES, **options) -> np.ndarray:
+    visualizer = ClassColourVisualizer(**options)
+    visualizer.dataset_meta = dict(classes=classes, palette=palette)
+    if 'scores' in found:
+        visualizer.add_datasample('x', GREY, DetDataSample(pred_instances=found), draw_gt=False)
+    else:
+        visualizer.add_datasample('x', GREY, DetDataSample(gt_instances=found), draw_pred=False)
+    return visualizer.get_image().astype(int)
+
+
+def test_a_class_has_one_colour_whatever_the_draw():
+    """Everywhere, in every picture; nearer its own colour than that of any other class."""
+    boxes, labels = [[10, 60, 90, 140], [150, 60, 230, 140], [300, 200, 390, 290]], [1, 1, 2]
+    pictures = []
+    for seed in (0, 1):
+        np.random.seed(seed)
+        pictures.append(draw(instances(boxes, labels)))
+    assert (pictures[0] == pictures[1]).all()
+    middles = [pictures[0][(t + b) // 2, (x0 + x1) // 2] for x0, t, x1, b in boxes]
+    assert (middles[0] == middles[1]).all()
+    for middle, label in zip(middles, labels, strict=True):
+        distances = [np.abs(middle - np.array(colour)).sum() for colour in PALETTE]
+        assert np.argmin(distances) == label
+    outside = pictures[0][250:, :100]
+    assert (outside == 128).all()
+
+
+def changed_around(picture: np.ndarray) -> tuple[int, int, int, int]:
+    """The box around all that was drawn: left, top, right, bottom."""
+    there = (picture != 128).any(-1)
+    (rows,), (columns,) = np.nonzero(there.any(1)), np.nonzero(there.any(0))
+    return columns[0], rows[0], columns[-1] + 1, rows[-1] + 1
+
+
+@pytest.mark.parametrize('corner', [(0, 0), (392, 0), (0, 292), (392, 292)])
+def test_the_label_of_a_small_object_is_whole_and_large(corner):
+    """As large as that of a large one, also where the object is in a corner."""
+    x, y = corner
+    small = draw(instances([[x, y, x + 8, y + 8]], [2], masks=False))
+    plain = draw(instances([[150, 100, 158, 108]], [2], masks=False))
+    sizes = []
+    for picture in (small, plain):
+        ink = (np.abs(picture - PALETTE[2]).sum(-1) > 60) & (picture.min(-1) > 180)
+        rows, columns = np.nonzero(ink)
+        sizes.append((np.ptp(rows), np.ptp(columns)))
+    assert sizes[0] == pytest.approx(sizes[1], abs=2)
+    assert sizes[0][0] >= 9 and sizes[0][1] >= 25, 'in pixels'
+
+
+def test_labels_of_one_place_are_not_over_each_other():
+    """Three guesses at one object: three times the letters of one."""
+    boxes = [[150, 100, 250, 200]] * 3
+    scores = torch.tensor([0.9, 0.8, 0.7])
+    one = draw(instances(boxes[:1], [2], masks=False, scores=scores[:1]))
+    three = draw(instances(boxes, [2, 2, 2], masks=False, scores=scores))
+    # Letters are white.
+    counts = [(picture.min(-1) > 230).sum() for picture in (one, three)]
+    assert counts[1] > 2.5 * counts[0] > 0
+
+
+def test_all_that_mmdet_draws():
+    """No object; masks without boxes, as SOLO has, or in mmdet's type; no names; no colours."""
+    assert (draw(instances([], [])) == GREY).all()
+    boxes = [[100, 100, 200, 200]]
+    found = instances(boxes, [0])
+    with_boxes = draw(found)
+    without = InstanceData(bboxes=torch.zeros(1, 4), labels=found.labels, masks=found.masks)
+    assert (draw(without)[120:180, 120:180] == with_boxes[120:180, 120:180]).all()
+    assert changed_around(draw(without))[1] < 100, 'a label above'
+    bitmaps = InstanceData(bboxes=found.bboxes, labels=found.labels)
+    bitmaps.masks = BitmapMasks(found.masks.numpy().astype(np.uint8), 300, 400)
+    visualizer = ClassColourVisualizer()
+    visualizer.dataset_meta = dict(classes=CLASSES, palette=PALETTE)
+    visualizer.add_datasample('x', GREY, DetDataSample(gt_instances=bitmaps), draw_pred=False)
+    assert (visualizer.get_image() == with_boxes).all()
+    empty = InstanceData(
+        bboxes=torch.zeros(1, 4), labels=found.labels, masks=torch.zeros(1, 300, 400)
+    )
+    draw(empty)
+    assert changed_around(draw(found, palette=None, classes=None))[1] < 100
