@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from torch.nn import functional as F
 from ..engine.checkpoint_file import read_weights
 from ..engine.launch import read_scope, require_package
 from ..errors import MMLaViTError
+from ..inference.models import read_metainfo
 from ..models.state_dict import strip_prefix
 from .agreement import BOXES, LABELS, VALUES, Agreement
 
@@ -99,15 +102,22 @@ class Exportable(nn.Module):
     Args:
         model: The model.
         preprocessing: What comes before it in the file; None for images that are normalized.
+        metadata: What else users of the file want to know; goes into it.
     """
 
     #: The outputs, and how each is compared; empty for one map after the other.
     outputs: dict[str, Agreement] = {}
 
-    def __init__(self, model: nn.Module, preprocessing: Preprocessing | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        preprocessing: Preprocessing | None = None,
+        metadata: Mapping[str, str] | None = None,
+    ) -> None:
         super().__init__()
         self.model: Any = model
         self.preprocessing = preprocessing
+        self.metadata = dict(metadata or {})
 
     def forward(self, images: Tensor) -> Any:
         """Compute the outputs.
@@ -262,7 +272,18 @@ def build_model(
         raise ExportError(f'{config} has no model.backbone to export')
     if head and scope == 'mmpretrain' and 'head' not in parts:
         raise ExportError(f'{config} is no classifier with a head; export its backbone alone')
-    preprocessing = _build_preprocessing(cfg, scope, config) if preprocess else None
+    metadata = {}
+    # As the runner finds it.
+    source = parts.get('data_preprocessor') or cfg.get('data_preprocessor') or {}
+    preprocessing = None
+    if preprocess:
+        if not source:
+            raise ExportError(f'{config} has no data_preprocessor to be part of the file')
+        preprocessing = Preprocessing(MODELS.build({'type': _PREPROCESSORS[scope], **source}))
+        # What the toolboxes load images as, if nobody says otherwise, is BGR.
+        metadata['channels'] = 'RGB' if source.get('rgb_to_bgr') else 'BGR'
+    if head and (classes := read_metainfo(cfg, scope).get('classes')):
+        metadata['classes'] = json.dumps(list(classes))
     model = MODELS.build(parts if head else parts.backbone)
     kind: type[Exportable] = Exportable
     if head:
@@ -276,17 +297,9 @@ def build_model(
         model.init_weights()
     else:
         _load(model, checkpoint, '' if head else 'backbone.')
-    exportable = kind(model, preprocessing)
+    exportable = kind(model, preprocessing, metadata)
     exportable.eval()
     return exportable
-
-
-def _build_preprocessing(cfg: Config, scope: str, config: str | Path) -> Preprocessing:
-    # As the runner finds it.
-    found = cfg.model.get('data_preprocessor') or cfg.get('data_preprocessor')
-    if found is None:
-        raise ExportError(f'{config} has no data_preprocessor to be part of the file')
-    return Preprocessing(MODELS.build({'type': _PREPROCESSORS[scope], **found}))
 
 
 def _check_detector(model: nn.Module, config: str | Path) -> None:

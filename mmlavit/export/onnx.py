@@ -98,6 +98,8 @@ def export_onnx(
     with in_evaluation(model), torch.no_grad():
         example = _images(model, shapes[0], generator)
         program = _record(model, example, list(_outputs(model, example)), opset, dynamic)
+        if isinstance(model, Exportable):
+            program.model.metadata_props.update(model.metadata)
         with tempfile.TemporaryDirectory(prefix=f'.{file.name}.', dir=file.parent) as folder:
             made = Path(folder, file.name)
             program.save(made, external_data=False)
