@@ -10,6 +10,7 @@ of the largest, boxes to 0.01 pixels, labels on 99.9 % of the pixels.
 
 import argparse
 import sys
+import warnings
 from pathlib import Path
 
 from mmlavit.compat import repair_torchvision
@@ -52,6 +53,8 @@ def main() -> None:
     from mmlavit.export.exportable import ExportError, build_model
     from mmlavit.export.onnx import check_free, export_onnx, require_exporter
 
+    # The toolboxes warn of their own defaults.
+    warnings.filterwarnings('ignore', module=r'mm(det|seg|pretrain)\.')
     # Hundreds of lines say how each weight was initialized.
     MMLogger.get_instance('mmengine', log_level='WARNING')
     try:

@@ -247,8 +247,8 @@ def build_model(
 
     Args:
         config: A config of mmdet, mmseg or mmpretrain.
-        checkpoint: A checkpoint of that model or of its backbone alone. Without one the model
-            starts as in training, from its ``init_cfg`` or from chance.
+        checkpoint: A checkpoint of that model or, without the head, of its backbone alone. Without
+            one the model starts as in training, from its ``init_cfg`` or from chance.
         head: Whether to build the whole model instead of its backbone: a classifier, a segmentor
             or a one-stage detector.
         preprocess: Whether the config's ``data_preprocessor`` is part of it.
@@ -267,7 +267,9 @@ def build_model(
     init_default_scope(scope)
     parts = cfg.get('model', {})
     if labels and not (head and scope == 'mmseg'):
-        raise ExportError('labels of pixels are what a whole segmentor gives; add the head')
+        raise ExportError(
+            'labels of pixels are what a whole segmentor gives: an mmseg config with --head'
+        )
     if 'backbone' not in parts:
         raise ExportError(f'{config} has no model.backbone to export')
     if head and scope == 'mmpretrain' and 'head' not in parts:
@@ -313,12 +315,12 @@ def _check_detector(model: nn.Module, config: str | Path) -> None:
         not isinstance(model, SingleStageDetector)
         or not isinstance(head, BaseDenseHead)
         or any(getattr(type(head), step) is not getattr(BaseDenseHead, step) for step in steps)
-        or getattr(head.loss_cls, 'custom_cls_channels', False)
+        or getattr(getattr(head, 'loss_cls', None), 'custom_cls_channels', False)
     ):
         name = type(model).__name__ + (f' with {type(head).__name__}' if head is not None else '')
         raise ExportError(
             f'{config}: {name} cannot be exported whole; of detectors that is for one stage with a '
-            'head such as RetinaHead, FCOSHead or ATSSHead; without the head its backbone can'
+            'head such as RetinaHead or FCOSHead; without --head its backbone can'
         )
 
 
@@ -328,7 +330,7 @@ def _check_segmentor(model: nn.Module, config: str | Path) -> None:
     if not isinstance(model, EncoderDecoder):
         raise ExportError(
             f'{config}: {type(model).__name__} cannot be exported whole; of segmentors that is for '
-            'an EncoderDecoder; without the head its backbone can'
+            'an EncoderDecoder; without --head its backbone can'
         )
     if model.test_cfg.get('mode', 'whole') != 'whole':
         raise ExportError(

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import importlib
+import io
 import warnings
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -361,7 +363,9 @@ def read_metainfo(cfg: Config, scope: str) -> Mapping[str, Any]:
     """
     datasets = importlib.import_module(f'{scope}.registry').DATASETS
     try:
-        return datasets.build({**cfg.test_dataloader.dataset, 'lazy_init': True}).metainfo
+        # On import the toolboxes print which optional packages are not there.
+        with redirect_stdout(io.StringIO()):
+            return datasets.build({**cfg.test_dataloader.dataset, 'lazy_init': True}).metainfo
     except Exception:
         # Names are a comfort; without them classes have numbers.
         return {}

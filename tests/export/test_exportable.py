@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,8 @@ from small import ARCH, images, needs_exporter, seeded, sharpen, small_lavit
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mmlavit.export.exportable import ExportError, build_model
+from mmlavit.export.agreement import BOXES, LABELS, VALUES
+from mmlavit.export.exportable import Exportable, ExportError, build_model
 from mmlavit.export.plain import adaptive_average_pool, plain_operators
 
 CONFIGS = ROOT / 'configs'
@@ -345,6 +347,41 @@ def test_two_stages_by_the_command_line(tmp_path: Path) -> None:
     assert result.returncode == 2
     assert 'MaskRCNN' in the_one_line(result.stderr)
     assert not list(tmp_path.iterdir())
+
+
+class Shifted(Exportable):
+    """Adds chance, which a recording takes for a constant: 0.02 to 0.2 to 5000."""
+
+    def compute(self, images: Tensor, height: int, width: int) -> Tensor:
+        """As large as the images."""
+        return 0 * self.model(images) + 5000 + 0.02 * random.randint(1, 10)
+
+
+class Edged(Exportable):
+    """Has another class in the first column each time."""
+
+    outputs = {'labels': LABELS}
+
+    def compute(self, images: Tensor, height: int, width: int) -> Tensor:
+        """As large as the images."""
+        labels = (self.model(images)[:, 0] > 0).long()
+        return torch.cat([labels[:, :, :1] + random.randrange(1000), labels[:, :, 1:]], 2)
+
+
+@needs_exporter
+def test_boxes_and_labels_have_tolerances_of_their_own(tmp_path: Path) -> None:
+    """Where pixels are meant, 4e-5 of the largest is too much."""
+    from mmlavit.export.onnx import export_onnx
+
+    model = Shifted(nn.Conv2d(3, 1, 3, 1, 1))
+    model.outputs = {'scores': VALUES}
+    export_onnx(model, tmp_path / 'a.onnx', (20, 30))
+    model.outputs = {'boxes': BOXES}
+    with pytest.raises(ExportError, match=r'differ by .* pixels on images .* in boxes; .* 1e-02'):
+        export_onnx(model, tmp_path / 'b.onnx', (20, 30))
+    with pytest.raises(ExportError, match='differ by .* of all pixels on images .* in labels'):
+        export_onnx(Edged(model.model), tmp_path / 'b.onnx', (20, 30))
+    assert [file.name for file in tmp_path.iterdir()] == ['a.onnx']
 
 
 # ---- Files ---------------------------------------------------------------------------------------
