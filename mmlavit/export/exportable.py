@@ -332,7 +332,7 @@ def _check_segmentor(model: nn.Module, config: str | Path) -> None:
             f'{config}: {type(model).__name__} cannot be exported whole; of segmentors that is for '
             'an EncoderDecoder; without --head its backbone can'
         )
-    if model.test_cfg.get('mode', 'whole') != 'whole':
+    if (model.test_cfg or {}).get('mode', 'whole') != 'whole':
         raise ExportError(
             f'{config} has model.test_cfg.mode = {model.test_cfg.mode!r}, but a file sees the '
             "whole image; if that is what you want, set model.test_cfg = dict(mode='whole')"

@@ -147,7 +147,7 @@ def _outputs(model: nn.Module, images: Tensor) -> dict[str, tuple[Agreement, Ten
     """What a model computes, by the names in its file, and how it is compared."""
     found = model(images)
     values = [found] if isinstance(found, Tensor) else found
-    agreements = getattr(model, 'outputs', None)
+    agreements = model.outputs if isinstance(model, Exportable) else {}
     if not agreements:
         names = ['scores'] if isinstance(found, Tensor) else [f'map{i}' for i in range(len(found))]
         agreements = dict.fromkeys(names, VALUES)
