@@ -16,7 +16,6 @@ from torch.nn import functional as F
 from ..engine.checkpoint_file import read_weights
 from ..engine.launch import read_scope, require_package
 from ..errors import MMLaViTError
-from ..inference.models import read_metainfo
 from ..models.state_dict import strip_prefix
 from .agreement import BOXES, LABELS, VALUES, Agreement
 
@@ -263,6 +262,9 @@ def build_model(
     """
     scope = read_scope(Path(config))
     require_package(scope)
+    # It needs mmcv, which is there with a toolbox alone.
+    from ..inference.models import read_metainfo
+
     cfg = Config.fromfile(config)
     init_default_scope(scope)
     parts = cfg.get('model', {})

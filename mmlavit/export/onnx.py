@@ -56,10 +56,10 @@ def export_onnx(
 ) -> Differences:
     """Export a model to ONNX, and compare the file with the model before it takes its place.
 
-    The input of the file is ``image``, normalized as in training, or uint8 for an
-    :class:`~.exportable.Exportable` with preprocessing. Its outputs have the names that an
-    :class:`~.exportable.Exportable` says; else they are ``map0``, ``map1``, ..., or ``scores`` for
-    a model that returns a single tensor.
+    The input of the file is ``image``, normalized as in training, or uint8 for a
+    :class:`mmlavit.export.exportable.Exportable` with preprocessing. Its outputs have the names
+    that such a model says; of others they are ``map0``, ``map1``, ..., or ``scores`` for one that
+    returns a single tensor.
 
     Args:
         model: Takes images (B, C, H, W), with as many channels as its first convolution; returns a
@@ -74,8 +74,8 @@ def export_onnx(
 
     Returns:
         Shape of the images -> unit -> largest difference from PyTorch of the outputs that are
-        compared in it, see :mod:`.agreement`. With dynamic axes no shape but the first has been
-        seen by the exporter.
+        compared in it, see :mod:`mmlavit.export.agreement`. With dynamic axes no shape but the
+        first has been seen by the exporter.
 
     Raises:
         FileExistsError: If the file is there and is not to be replaced.
