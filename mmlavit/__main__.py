@@ -21,7 +21,7 @@ COMMANDS = {
     'infer': 'run a model on images or a video; write pictures and predictions',
     'configs': 'list the configs that come with mmlavit, copy them, write one for your own data',
     'tool': 'start any other script of the toolboxes, such as get_flops or browse_dataset',
-    'export': 'export a backbone or a classifier to ONNX, and compare it with PyTorch',
+    'export': 'export a backbone or a whole model to ONNX, and compare it with PyTorch',
     'attention': 'draw what points of an image attend to',
     'saturation': 'measure how alike the attention of layers is',
     'replacement': 'measure what a model loses without its attention',

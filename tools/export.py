@@ -1,12 +1,16 @@
-"""Exports a backbone to ONNX, for any number of images of any size, and compares it with PyTorch.
+"""Exports a model to ONNX, for any number of images of any size, and compares it with PyTorch.
 
-Takes any config of mmdet, mmseg and mmpretrain. Images are normalized before they come to a
-backbone, in the exported file as in the toolboxes: as the config's data_preprocessor says. A file
-that is reported as written has agreed with PyTorch to 1e-4 at sizes that the exporter had not seen.
+Takes any config of mmdet, mmseg and mmpretrain, and exports its backbone; with --head the whole
+classifier (scores), segmentor (logits at the size of the image) or one-stage detector (boxes and
+scores, before non-maximum suppression). Images come to the file normalized as the config's
+data_preprocessor says; with --preprocess the file does that itself, to uint8 images. A file that is
+reported as written has agreed with PyTorch at sizes that the exporter had not seen: values to 1e-4
+of the largest, boxes to 0.01 pixels, labels on 99.9 % of the pixels.
 """
 
 import argparse
 import sys
+import warnings
 from pathlib import Path
 
 from mmlavit.compat import repair_torchvision
@@ -32,7 +36,9 @@ def parse_args() -> argparse.Namespace:
     )
     add('--opset', type=int, help="version of ONNX's operators (default: torch's choice)")
     add('--fixed', action='store_true', help='one image of that size alone; faster to export')
-    add('--head', action='store_true', help='a whole classifier instead of its backbone')
+    add('--head', action='store_true', help='the whole model instead of its backbone')
+    add('--labels', action='store_true', help='segmentors: the class of each pixel, not logits')
+    add('--preprocess', action='store_true', help='the file takes uint8 images, not normalized')
     add('--force', action='store_true', help='replace a file that is there')
     return parser.parse_args()
 
@@ -44,20 +50,23 @@ def main() -> None:
     from mmengine.logging import MMLogger
 
     from mmlavit.engine.launch import LaunchError
-    from mmlavit.export.onnx import (
-        ExportError,
-        build_model,
-        check_free,
-        export_onnx,
-        require_exporter,
-    )
+    from mmlavit.export.exportable import ExportError, build_model
+    from mmlavit.export.onnx import check_free, export_onnx, require_exporter
 
+    # The toolboxes warn of their own defaults.
+    warnings.filterwarnings('ignore', module=r'mm(det|seg|pretrain)\.')
     # Hundreds of lines say how each weight was initialized.
     MMLogger.get_instance('mmengine', log_level='WARNING')
     try:
         check_free(args.out, args.force)
         require_exporter()
-        model = build_model(args.config, args.checkpoint, args.head)
+        model = build_model(
+            args.config,
+            args.checkpoint,
+            args.head,
+            preprocess=args.preprocess,
+            labels=args.labels,
+        )
         differences = export_onnx(
             model,
             args.out,
@@ -69,8 +78,9 @@ def main() -> None:
     except (ExportError, LaunchError, OSError, ValueError) as error:
         print(f'mmlavit: {error}', file=sys.stderr)
         sys.exit(2)
-    for shape, difference in differences.items():
-        print(f'{" x ".join(map(str, shape))}: differs from PyTorch by {difference:.1e}')
+    for shape, found in differences.items():
+        shown = ', '.join(f'{difference:.1e} {unit}' for unit, difference in found.items())
+        print(f'{" x ".join(map(str, shape))}: differs from PyTorch by {shown}')
     print('written:', args.out)
 
 

@@ -9,25 +9,19 @@ import warnings
 from pathlib import Path
 
 import torch
-from mmengine.config import Config
-from mmengine.registry import MODELS, init_default_scope
 from torch import Tensor, nn
 
-from ..engine.checkpoint_file import read_weights
-from ..engine.launch import read_scope, require_package
-from ..errors import MMLaViTError
-from ..models.state_dict import strip_prefix
 from ..ops.mode import in_evaluation
+from .agreement import VALUES, Agreement
+from .exportable import Exportable, ExportError
+from .plain import plain_operators
+
+#: Shape of the images -> unit -> largest difference.
+Differences = dict[tuple[int, ...], dict[str, float]]
 
 PACKAGES = ('onnx', 'onnxscript', 'onnxruntime')
-#: Largest difference from PyTorch, in units of the largest value of a map or of 1, if that is more.
-TOLERANCE = 1e-4
 # A file of ONNX holds at most 2 GB; what a model computes with comes on top of its weights.
 MAX_BYTES = 1.8e9
-
-
-class ExportError(MMLaViTError):
-    """What keeps a model from being exported; its text is one line for the user."""
 
 
 def require_exporter() -> None:
@@ -50,50 +44,6 @@ def require_exporter() -> None:
         )
 
 
-def build_model(config: str | Path, checkpoint: str | None = None, head: bool = False) -> nn.Module:
-    """Build what is to be exported, with its weights.
-
-    Args:
-        config: A config of mmdet, mmseg or mmpretrain.
-        checkpoint: A checkpoint of that model or of its backbone alone. Without one the backbone
-            starts as in training, from its ``init_cfg`` or from chance.
-        head: Whether to build the whole model, which must be a classifier, instead of its backbone.
-
-    Returns:
-        The model in evaluation mode.
-
-    Raises:
-        ExportError: If the config has no such part, or the checkpoint does not fit. Errors of the
-            config itself are a :class:`mmlavit.engine.launch.LaunchError`.
-    """
-    scope = read_scope(Path(config))
-    require_package(scope)
-    cfg = Config.fromfile(config)
-    init_default_scope(scope)
-    if head and (scope != 'mmpretrain' or 'head' not in cfg.get('model', {})):
-        raise ExportError(f'{config} is no classifier with a head; export its backbone alone')
-    if 'backbone' not in cfg.get('model', {}):
-        raise ExportError(f'{config} has no model.backbone to export')
-    model = MODELS.build(cfg.model if head else cfg.model.backbone)
-    if checkpoint is None:
-        model.init_weights()
-    else:
-        _load(model, checkpoint, '' if head else 'backbone.')
-    return model.eval()
-
-
-def _load(model: nn.Module, checkpoint: str, prefix: str) -> None:
-    """Load all weights of a model, none missing; those of other parts are left out."""
-    weights = read_weights(checkpoint)
-    # A checkpoint of the backbone alone has no prefix.
-    weights = strip_prefix(weights, prefix) or weights
-    try:
-        model.load_state_dict(weights)
-    except (RuntimeError, ValueError) as error:
-        reason = ' '.join(str(error).split())
-        raise ExportError(f'{checkpoint} does not fit the config: {reason}') from error
-
-
 def export_onnx(
     model: nn.Module,
     file: str | Path,
@@ -104,11 +54,13 @@ def export_onnx(
     batch: int = 1,
     force: bool = False,
     seed: int = 0,
-) -> dict[tuple[int, ...], float]:
+) -> Differences:
     """Export a model to ONNX, and compare the file with the model before it takes its place.
 
-    The input of the file is ``image``, normalized as in training; its outputs are ``map0``,
-    ``map1``, ..., or ``scores`` for a model that returns a single tensor.
+    The input of the file is ``image``, normalized as in training, or uint8 for a
+    :class:`mmlavit.export.exportable.Exportable` with preprocessing. Its outputs have the names
+    that such a model says; of others they are ``map0``, ``map1``, ..., or ``scores`` for one that
+    returns a single tensor.
 
     Args:
         model: Takes images (B, C, H, W), with as many channels as its first convolution; returns a
@@ -123,9 +75,9 @@ def export_onnx(
         seed: Of the images to compare on, and of their sizes.
 
     Returns:
-        Shape of the images -> largest difference of a map from PyTorch's, in units of the largest
-        value of that map, or of 1 if that is less. With dynamic axes no shape but the first has
-        been seen by the exporter.
+        Shape of the images -> unit -> largest difference from PyTorch of the outputs that are
+        compared in it, see :mod:`mmlavit.export.agreement`. With dynamic axes no shape but the
+        first has been seen by the exporter.
 
     Raises:
         FileExistsError: If the file is there and is not to be replaced.
@@ -146,10 +98,10 @@ def export_onnx(
     if dynamic:
         shapes += _other_shapes(shapes[0], generator)
     with in_evaluation(model), torch.no_grad():
-        example = torch.randn(shapes[0], generator=generator)
-        found = model(example)
-        names = ['scores'] if isinstance(found, Tensor) else [f'map{i}' for i in range(len(found))]
-        program = _record(model, example, names, opset, dynamic)
+        example = _images(model, shapes[0], generator)
+        program = _record(model, example, list(_outputs(model, example)), opset, dynamic)
+        if isinstance(model, Exportable):
+            program.model.metadata_props.update(model.metadata)
         with tempfile.TemporaryDirectory(prefix=f'.{file.name}.', dir=file.parent) as folder:
             made = Path(folder, file.name)
             program.save(made, external_data=False)
@@ -188,12 +140,33 @@ def check_free(file: Path, force: bool) -> None:
         raise FileExistsError(f'{file} is there already; name another, or force its replacement')
 
 
+def _images(model: nn.Module, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """Noise that the model takes for images."""
+    if isinstance(model, Exportable) and model.preprocessing is not None:
+        return torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
+    return torch.randn(shape, generator=generator)
+
+
+def _outputs(model: nn.Module, images: Tensor) -> dict[str, tuple[Agreement, Tensor]]:
+    """What a model computes, by the names in its file, and how it is compared."""
+    found = model(images)
+    values = [found] if isinstance(found, Tensor) else found
+    agreements = model.outputs if isinstance(model, Exportable) else {}
+    if not agreements:
+        names = ['scores'] if isinstance(found, Tensor) else [f'map{i}' for i in range(len(found))]
+        agreements = dict.fromkeys(names, VALUES)
+    pairs = zip(agreements.values(), values, strict=True)
+    return dict(zip(agreements, pairs, strict=True))
+
+
+def _name(model: nn.Module) -> str:
+    return type(model.model if isinstance(model, Exportable) else model).__name__
+
+
 def _channels(model: nn.Module) -> int:
     convolution = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
     if convolution is None:
-        raise ExportError(
-            f'{type(model).__name__} has no convolution that says what images it takes'
-        )
+        raise ExportError(f'{_name(model)} has no convolution that says what images it takes')
     return convolution.in_channels
 
 
@@ -212,7 +185,7 @@ def _record(
 ) -> torch.onnx.ONNXProgram:
     axes = {0: 'batch', 2: 'height', 3: 'width'}
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), plain_operators(model):
             # Of torch, about itself.
             warnings.simplefilter('ignore')
             # Never None with dynamo=True.
@@ -231,7 +204,7 @@ def _record(
         cause = error.__cause__ or error
         reason = next(filter(None, map(str.strip, str(cause).splitlines())), type(cause).__name__)
         raise ExportError(
-            f'torch.onnx cannot export {type(model).__name__}'
+            f'torch.onnx cannot export {_name(model)}'
             f'{" for images of any size" if dynamic else ""}: {reason}'
         ) from error
 
@@ -241,20 +214,20 @@ def compare(
     file: str | Path,
     shapes: list[tuple[int, ...]],
     generator: torch.Generator,
-) -> dict[tuple[int, ...], float]:
+) -> Differences:
     """Run a file in onnxruntime, on a CPU, beside the model that it was made from.
 
     Args:
         model: The model, in evaluation mode.
         file: The ONNX file.
-        shapes: Shapes (B, C, H, W) of the images; they are normal noise.
+        shapes: Shapes (B, C, H, W) of the images, which are noise.
         generator: Makes the images.
 
     Returns:
         As :func:`export_onnx` does.
 
     Raises:
-        ExportError: If onnxruntime fails, or a difference is more than :data:`TOLERANCE`.
+        ExportError: If onnxruntime fails, or a difference is more than rounding.
     """
     # From 1.29 on onnxruntime reports to its makers unless told before it is imported.
     os.environ.setdefault('ORT_DISABLE_TELEMETRY', '1')
@@ -264,31 +237,32 @@ def compare(
     options.log_severity_level = 4  # what fails raises, too
     providers = ['CPUExecutionProvider']
     session = onnxruntime.InferenceSession(str(file), options, providers=providers)
-    differences = {}
+    differences: Differences = {}
     for shape in shapes:
-        images = torch.randn(shape, generator=generator)
+        images = _images(model, shape, generator)
         with torch.no_grad():
-            expected = model(images)
-        if isinstance(expected, Tensor):
-            expected = [expected]
+            outputs = _outputs(model, images)
         at = 'images of ' + ' x '.join(map(str, shape))
         try:
-            found = [torch.from_numpy(y) for y in session.run(None, {'image': images.numpy()})]
+            values = session.run(list(outputs), {'image': images.numpy()})
         except Exception as error:
             reason = ' '.join(str(error).split())
             raise ExportError(f'onnxruntime fails on {at}: {reason}') from error
-        if [y.shape for y in found] != [y.shape for y in expected]:
-            shown = [[tuple(y.shape) for y in maps] for maps in (found, expected)]
-            raise ExportError(f'onnxruntime gives maps {shown[0]} for {at}, PyTorch {shown[1]}')
-        worst = max(
-            ((a - b).abs().max() / b.abs().max().clamp(min=1)).item()
-            for a, b in zip(found, expected, strict=True)
-        )
-        # This way round NaN is an error, too.
-        if not worst <= TOLERANCE:
-            raise ExportError(
-                f'onnxruntime and PyTorch differ by {worst:.1e} of the largest value on {at}; at '
-                f'most {TOLERANCE:.0e} is rounding'
-            )
-        differences[shape] = worst
+        largest: dict[str, float] = {}
+        for value, (name, (agreement, expected)) in zip(values, outputs.items(), strict=True):
+            found = torch.from_numpy(value)
+            if found.shape != expected.shape:
+                raise ExportError(
+                    f'onnxruntime gives {name} {tuple(found.shape)} for {at}, PyTorch '
+                    f'{tuple(expected.shape)}'
+                )
+            difference = agreement.measure(found, expected)
+            # This way round NaN is an error, too.
+            if not difference <= agreement.tolerance:
+                raise ExportError(
+                    f'onnxruntime and PyTorch differ by {difference:.1e} {agreement.unit} on {at}, '
+                    f'in {name}; at most {agreement.tolerance:.0e} is rounding'
+                )
+            largest[agreement.unit] = max(difference, largest.get(agreement.unit, 0.0))
+        differences[shape] = largest
     return differences

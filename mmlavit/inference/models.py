@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import importlib
+import io
 import warnings
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -319,7 +321,7 @@ def load_predictor(
     if weights is not None:
         _load(predictor.model, weights.get('state_dict', weights), str(checkpoint), config)
         meta = weights.get('meta', {}).get('dataset_meta') or {}
-    predictor.name_classes({k.lower(): v for k, v in meta.items()} or _metainfo(cfg, scope))
+    predictor.name_classes({k.lower(): v for k, v in meta.items()} or read_metainfo(cfg, scope))
     predictor.model.to(device).eval()
     return predictor
 
@@ -351,11 +353,21 @@ def _load(model: torch.nn.Module, weights: Mapping, checkpoint: str, config: Pat
         )
 
 
-def _metainfo(cfg: Config, scope: str) -> Mapping[str, Any]:
-    """What the config's test data say of their classes, without reading them."""
+def read_metainfo(cfg: Config, scope: str) -> Mapping[str, Any]:
+    """What a config's test data say of their classes, without reading them.
+
+    Args:
+        cfg: The config.
+        scope: The toolbox that it is for.
+
+    Returns:
+        The ``metainfo`` of the data set; nothing if it cannot be built.
+    """
     datasets = importlib.import_module(f'{scope}.registry').DATASETS
     try:
-        return datasets.build({**cfg.test_dataloader.dataset, 'lazy_init': True}).metainfo
+        # On import the toolboxes print which optional packages are not there.
+        with redirect_stdout(io.StringIO()):
+            return datasets.build({**cfg.test_dataloader.dataset, 'lazy_init': True}).metainfo
     except Exception:
         # Names are a comfort; without them classes have numbers.
         return {}
