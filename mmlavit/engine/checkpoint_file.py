@@ -155,6 +155,23 @@ def read_weights(path: str, map_location: Any = 'cpu') -> Mapping[str, Any]:
     return _weights_of(_load(path, map_location), path)
 
 
+def read_dataset_meta(path: str) -> Mapping[str, Any]:
+    """What a training's checkpoint says of its data: ``classes``, ``palette``.
+
+    Args:
+        path: As of :func:`read_weights`.
+
+    Returns:
+        Names, in lower case, and values; empty if it says nothing.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        CheckpointError: See :func:`read_checkpoint`.
+    """
+    meta = _load(path, 'cpu').get('meta') or {}
+    return {name.lower(): value for name, value in (meta.get('dataset_meta') or {}).items()}
+
+
 def _load(path: str, map_location: Any) -> dict:
     if '://' in path:
         return CheckpointLoader.load_checkpoint(path, map_location)

@@ -13,7 +13,7 @@ from mmengine.registry import MODELS, init_default_scope
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..engine.checkpoint_file import read_weights
+from ..engine.checkpoint_file import read_dataset_meta, read_weights
 from ..engine.launch import read_scope, require_package
 from ..errors import MMLaViTError
 from ..models.state_dict import strip_prefix
@@ -286,8 +286,11 @@ def build_model(
         preprocessing = Preprocessing(MODELS.build({'type': _PREPROCESSORS[scope], **source}))
         # What the toolboxes load images as, if nobody says otherwise, is BGR.
         metadata['channels'] = 'RGB' if source.get('rgb_to_bgr') else 'BGR'
-    if head and (classes := read_metainfo(cfg, scope).get('classes')):
-        metadata['classes'] = json.dumps(list(classes))
+    if head:
+        # The data of a folder tree are not there to be asked; what was trained on them knows.
+        said = read_dataset_meta(checkpoint) if checkpoint is not None else {}
+        if classes := said.get('classes') or read_metainfo(cfg, scope).get('classes'):
+            metadata['classes'] = json.dumps(list(classes))
     model = MODELS.build(parts if head else parts.backbone)
     kind: type[Exportable] = Exportable
     if head:

@@ -16,7 +16,7 @@ from .agreement import VALUES, Agreement
 from .exportable import Exportable, ExportError
 from .plain import plain_operators
 
-#: Shape of the images -> unit -> largest difference.
+# Shape of the images -> unit -> largest difference.
 Differences = dict[tuple[int, ...], dict[str, float]]
 
 PACKAGES = ('onnx', 'onnxscript', 'onnxruntime')

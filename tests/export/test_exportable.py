@@ -436,7 +436,10 @@ def test_classifier_says_its_classes(tmp_path: Path) -> None:
     """A file of one size, which is quick to make."""
     onnxruntime = pytest.importorskip('onnxruntime')
     config = write_config(tmp_path, 'lavit_n_shapes', CLASSIFIER)
-    reference = make_model(config, tmp_path / 'model.pth')
+    reference = make_model(config)
+    # As a training leaves it.
+    meta = dict(dataset_meta=dict(classes=('circle', 'square', 'triangle')))
+    torch.save(dict(state_dict=reference.state_dict(), meta=meta), tmp_path / 'model.pth')
     command = ['export.py', config, tmp_path / 'model.pth', '--out', 'a.onnx', '--head']
     command += ['--preprocess', '--fixed', '--size', 50, 71]
     assert_ran(run_tool(*command, cwd=tmp_path))
