@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import multiprocessing
 import resource
+from collections.abc import Callable
 
 import torch
+from torch import nn
 
-from .models import BACKBONES
 from .workload import BackboneWorkload, Settings, Task
 
 MIB = 2**20
 
 
 def peak_memory(
-    name: str, task: Task, settings: Settings, memory_format: torch.memory_format
+    build: Callable[[], nn.Module],
+    task: Task,
+    settings: Settings,
+    memory_format: torch.memory_format = torch.contiguous_format,
 ) -> float:
     """What three steps add to the memory of a process that holds model and images already.
 
     Args:
-        name: Name of the backbone.
+        build: Makes the backbone; another process has to be able to import it.
         task: What a step does.
         settings: How it is computed.
         memory_format: Of model and images.
@@ -28,18 +32,22 @@ def peak_memory(
         Growth of the peak, in MiB.
     """
     if settings.device == 'cuda':
-        return _on_gpu(name, task, settings, memory_format)
+        return _on_gpu(build, task, settings, memory_format)
     # Linux hands the peak of a process on to what it starts with exec, as 'spawn' does; the child
     # of a server begins anew.
     with multiprocessing.get_context('forkserver').Pool(1) as pool:
-        return pool.apply(_on_cpu, (name, task, settings, memory_format, torch.get_num_threads()))
+        return pool.apply(_on_cpu, (build, task, settings, memory_format, torch.get_num_threads()))
 
 
 def _on_cpu(
-    name: str, task: Task, settings: Settings, memory_format: torch.memory_format, threads: int
+    build: Callable[[], nn.Module],
+    task: Task,
+    settings: Settings,
+    memory_format: torch.memory_format,
+    threads: int,
 ) -> float:
     torch.set_num_threads(threads)
-    work = BackboneWorkload(BACKBONES[name], task, settings, memory_format)
+    work = BackboneWorkload(build, task, settings, memory_format)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     for _ in range(3):
         work.step()
@@ -47,8 +55,13 @@ def _on_cpu(
     return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
 
 
-def _on_gpu(name: str, task: Task, settings: Settings, memory_format: torch.memory_format) -> float:
-    work = BackboneWorkload(BACKBONES[name], task, settings, memory_format)
+def _on_gpu(
+    build: Callable[[], nn.Module],
+    task: Task,
+    settings: Settings,
+    memory_format: torch.memory_format,
+) -> float:
+    work = BackboneWorkload(build, task, settings, memory_format)
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     for _ in range(3):

@@ -64,6 +64,12 @@ BACKBONES: dict[str, Callable[[], nn.Module]] = {
 }
 DEFAULT_BACKBONES = tuple(BACKBONES)[:6]
 
+
+def build(name: str) -> nn.Module:
+    """The backbone of a name in :data:`BACKBONES`."""
+    return BACKBONES[name]()
+
+
 #: Name of a detector and its config, ours by its name, the peers' as MMEngine finds them.
 DETECTORS = {
     'Mask R-CNN LaViT-S': 'mmlavit::maskrcnn_lavit_s_coco.py',

@@ -6,6 +6,7 @@ import gc
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import nn
@@ -17,7 +18,7 @@ from mmlavit.models.attention import LessAttention, VanillaAttention
 from mmlavit.models.windows import WindowGrid
 
 from .memory import peak_memory
-from .models import BACKBONES, DETECTORS
+from .models import BACKBONES, DETECTORS, build
 from .timing import interleave
 from .workload import BackboneWorkload, Settings, Task
 
@@ -94,7 +95,9 @@ def backbones(
             row = Row(task.name, shape, task.shape[0], name, seconds[name], formats[name])
             row.params, row.gflops, row.floor = params[name], flops / 2e9, flops / rate
             if memory:
-                row.memory = peak_memory(name, task, settings, FORMATS[formats[name]])
+                row.memory = peak_memory(
+                    partial(build, name), task, settings, FORMATS[formats[name]]
+                )
             rows.append(row)
         yield rows
 
