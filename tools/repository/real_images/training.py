@@ -8,7 +8,6 @@ import json
 import os
 import subprocess
 import sys
-import threading
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -252,7 +251,6 @@ def parameters_of(task: str, backbone: str) -> int:
 
 
 _running: set[subprocess.Popen] = set()
-_stopping = threading.Event()
 
 
 def _tool(folder: Path, name: str, *args: object) -> None:
@@ -261,21 +259,20 @@ def _tool(folder: Path, name: str, *args: object) -> None:
     env = {**os.environ, 'OMP_NUM_THREADS': '1', 'OMP_WAIT_POLICY': 'PASSIVE'}
     command = [sys.executable, str(Path('tools') / name), *map(str, args)]
     log = folder / 'output.log'
-    with log.open('ab') as output:
-        if _stopping.is_set():
-            raise RuntimeError('stopped')
-        with subprocess.Popen(command, env=env, stdout=output, stderr=output) as process:
-            _running.add(process)
-            try:
-                status = process.wait()
-            finally:
-                _running.discard(process)
+    with (
+        log.open('ab') as output,
+        subprocess.Popen(command, env=env, stdout=output, stderr=output) as process,
+    ):
+        _running.add(process)
+        try:
+            status = process.wait()
+        finally:
+            _running.discard(process)
     if status:
         raise RuntimeError(f'tools/{name} ended with status {status}; its output is in {log}')
 
 
 def stop() -> None:
     """End the trainings that run; called again, they go on from their last checkpoint."""
-    _stopping.set()
     for process in list(_running):
         process.terminate()
