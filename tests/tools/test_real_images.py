@@ -265,6 +265,26 @@ def test_results_of_another_config_are_moved_away_and_trained_again(fake_runs, t
     assert sorted(earlier) == sorted(map(json.dumps, before))
 
 
+def test_a_seed_counts_once_whatever_its_learning_rate_was(fake_runs, tmp_path):
+    results = Results(tmp_path / 'results.jsonl')
+    results.add(result_of(Training('bccd', 'lavit', 0, 5e-4), 0.3))
+    study.run(jobs(['bccd'], ['lavit'], [0]), results)
+    assert [r['rate'] for r in Results(results.path).lines if r['share'] == 1] == [1e-3]
+
+
+def test_what_is_there_needs_no_checkpoints(fake_runs, tmp_path):
+    """As in a fresh clone."""
+    results = Results(tmp_path / 'results.jsonl')
+    wanted = jobs(['bccd'], ['pretrained'], [0])
+    assert study.missing(wanted, results) == wanted
+    study.run(wanted, results)
+    shutil.rmtree(tmp_path / 'work')
+    assert study.missing(wanted, Results(results.path)) == []
+    count = len(fake_runs)
+    study.run(wanted, Results(results.path))
+    assert len(fake_runs) == count
+
+
 def test_a_failure_leaves_the_others_and_says_what_waits(fake_runs, tmp_path, monkeypatch):
     run = training.run
 
@@ -299,6 +319,11 @@ def test_a_classifier_that_is_gone_is_named(fake_runs, tmp_path):
 def test_bad_options_are_refused(tmp_path, options, message):
     with pytest.raises(ValueError, match=message):
         study.run([Job('bccd', 'lavit', 0)], Results(tmp_path / 'r.jsonl'), **options)
+
+
+def test_a_backbone_that_is_not_compared_there_is_refused():
+    with pytest.raises(ValueError, match='pvt.* not compared on bccd; there are lavit, .*resnet'):
+        jobs(['bccd'], ['pvt'])
 
 
 def test_all_of_the_page_is_asked_for():

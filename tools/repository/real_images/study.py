@@ -21,7 +21,6 @@ SEEDS = {'lavit': (0, 1, 2), 'vanilla': (0, 1, 2)}
 SEEDS.update({name: (0, 1) for name in BACKBONES if name not in SEEDS})
 #: The training that a pretrained backbone starts from, but for its learning rate.
 PRETRAINING = 'tinyimagenet', 'lavit', 0
-_KEY = Training._fields[:-1]
 
 
 class Job(NamedTuple):
@@ -58,6 +57,9 @@ def jobs(
     Returns:
         Each once: LaViT's and what starts from it before the others, then seed by seed, so that a
         study that is stopped has something whole.
+
+    Raises:
+        ValueError: If none of the backbones is for any of the tasks.
     """
     tasks = list(tasks)
     chosen = list(BACKBONES) if backbones is None else list(backbones)
@@ -72,6 +74,12 @@ def jobs(
                 if BACKBONES[name].pretrained:
                     found += [*_trials(*PRETRAINING[:2]), Job(*PRETRAINING)]
                 found += [Job(task, name, seed) for seed in seeds or SEEDS[name]]
+
+    if not found:
+        raise ValueError(
+            f'backbones {chosen} are not compared on {", ".join(tasks)}; there are '
+            + '; '.join(f'{", ".join(TASKS[task].backbones)} on {task}' for task in tasks)
+        )
 
     def turn(job: Job) -> tuple:
         first = job.seed == 0 and job.backbone in ('lavit', 'pretrained')
@@ -98,22 +106,22 @@ class Results:
         self.lines = read_lines(path)
 
     def of(self, wanted: Training, start: str | None = None) -> dict[str, Any] | None:
-        """The result of a training, if it was trained by the settings that it has now.
+        """The result of a training, if it was trained by the settings that it has now."""
+        config = fingerprint(wanted, start)
+        return next((line for line in self.lines if line['config'] == config), None)
 
-        One by other settings is moved to ``earlier.jsonl`` in the work directory.
-        """
-        same = [line for line in self.lines if _key(line) == wanted[:-1]]
-        if not same:
-            return None
-        if same[0]['config'] == fingerprint(wanted, start):
-            return same[0]
-        add_line(WORK_DIR / 'earlier.jsonl', same[0])
-        self.lines.remove(same[0])
-        text = ''.join(json.dumps(line) + '\n' for line in self.lines)
-        scratch = self.path.with_suffix('.partial')
-        scratch.write_text(text, encoding='utf-8')
-        scratch.replace(self.path)
-        return None
+    def retire(self, wanted: Training) -> None:
+        """Move what other settings of a training have come to into the work directory."""
+        place = _place(wanted._asdict())
+        old = [line for line in self.lines if _place(line) == place]
+        for line in old:
+            add_line(WORK_DIR / 'earlier.jsonl', line)
+            self.lines.remove(line)
+        if old:
+            text = ''.join(json.dumps(line) + '\n' for line in self.lines)
+            scratch = self.path.with_suffix('.partial')
+            scratch.write_text(text, encoding='utf-8')
+            scratch.replace(self.path)
 
     def add(self, result: dict[str, Any]) -> None:
         """Add a result, here and to the file."""
@@ -122,8 +130,10 @@ class Results:
         add_line(self.path, result)
 
 
-def _key(result: dict[str, Any]) -> tuple:
-    return tuple(result[name] for name in _KEY)
+def _place(result: dict[str, Any]) -> tuple:
+    """A result's place in the tables, which has one learning rate but for trials."""
+    rate = result['rate'] if result['share'] < 1 else None
+    return *(result[name] for name in ('task', 'backbone', 'seed', 'share')), rate
 
 
 def counts(result: dict[str, Any]) -> float:
@@ -151,10 +161,7 @@ def resolve(job: Job, results: Results, budget: float) -> tuple[Training, str | 
         budget: As of :class:`~repository.real_images.training.Training`.
 
     Returns:
-        Both; None as long as what it needs is not there.
-
-    Raises:
-        FileNotFoundError: If it starts from a classifier that has a result and no file.
+        Both; None as long as what it needs has no result.
     """
     task, backbone, seed, rate = job
     if rate is not None:
@@ -168,13 +175,7 @@ def resolve(job: Job, results: Results, budget: float) -> tuple[Training, str | 
         result = classifier and results.of(*classifier)
         if not result:
             return None
-        file = folder_of(*classifier) / result['checkpoint']
-        if not file.is_file():
-            raise FileNotFoundError(
-                f'{file} is not there: checkpoints are not kept with the results. Without its line '
-                f'in {results.path} it is trained again'
-            )
-        start = str(file)
+        start = str(folder_of(*classifier) / result['checkpoint'])
     return Training(task, backbone, seed, rate, 1.0, budget), start
 
 
@@ -199,7 +200,8 @@ def run(wanted: list[Job], results: Results, workers: int = 2, budget: float = 1
 
     Raises:
         ValueError: If ``workers`` is under 1 or ``budget`` not over 0 and at most 1.
-        FileNotFoundError: If the data of a task are not there.
+        FileNotFoundError: If the data of a task are not there, or the classifier to start from has
+            a result and no file.
         RuntimeError: If trainings failed, or another call is at it.
     """
     if workers < 1:
@@ -226,6 +228,8 @@ def run(wanted: list[Job], results: Results, workers: int = 2, budget: float = 1
                     if results.of(*found):
                         done += 1
                     else:
+                        _require(found[1], results)
+                        results.retire(found[0])
                         print(f'{found[0]}: {folder_of(*found)}', flush=True)
                         running[pool.submit(training.run, *found)] = str(found[0])
                 if not running:
@@ -248,6 +252,14 @@ def run(wanted: list[Job], results: Results, workers: int = 2, budget: float = 1
         blocked = f', and {len(waiting)} that need them wait' if waiting else ''
         raise RuntimeError(f'{len(failed)} trainings failed{blocked}: {"; ".join(failed)}')
     print(f'{done} of {len(wanted)} trainings are there', flush=True)
+
+
+def _require(start: str | None, results: Results) -> None:
+    if start and not Path(start).is_file():
+        raise FileNotFoundError(
+            f'{start} is not there: checkpoints are not kept with the results. Without its line in '
+            f'{results.path} it is trained again'
+        )
 
 
 def _said(result: dict[str, Any]) -> str:
