@@ -204,7 +204,8 @@ def fake_runs(monkeypatch, tmp_path):
         folder.mkdir(parents=True, exist_ok=True)
         (folder / 'epoch_4.pth').touch()
         # The lower rate is the better one for Swin alone.
-        return result_of(wanted, (0.5 + wanted.rate) if wanted.backbone != 'swin' else 0.5, start)
+        sign = -1 if wanted.backbone == 'swin' else 1
+        return result_of(wanted, 0.5 + sign * wanted.rate, start)
 
     monkeypatch.setattr(training, 'run', run)
     yield asked
@@ -228,7 +229,11 @@ def test_a_study_tries_rates_then_trains_then_starts_from_the_classifier(fake_ru
         ('bccd', 'pretrained'),
         ('bccd', 'swin'),
     }
-    assert {w.rate for w, _ in whole} == {1e-3}
+    assert {(w.backbone, w.rate) for w, _ in whole} == {
+        ('lavit', 1e-3),
+        ('pretrained', 1e-3),
+        ('swin', 5e-4),
+    }
     classifier = next(w for w, _ in whole if w.task == 'tinyimagenet')
     start = next(start for w, start in whole if w.backbone == 'pretrained')
     assert start == str(training.folder_of(classifier) / 'epoch_4.pth')
