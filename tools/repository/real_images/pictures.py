@@ -137,18 +137,23 @@ def draw(task: str, checkpoint: Path, out: Path, count: int = 3) -> Path:
         # The images of the ends first and last, ties in the order of the data.
         ranked = sorted(keep.samples, key=lambda pair: -pair[0])
         ranks = np.linspace(0, len(ranked) - 1, min(count, len(ranked))).round().astype(int)
-        rows = [(r, *ranked[r], _picture(runner.visualizer, task, ranked[r][1])) for r in ranks]
+        scratch = Path(folder) / 'drawn.png'
+        rows = [
+            (rank, *ranked[rank], _picture(runner.visualizer, task, ranked[rank][1], scratch))
+            for rank in ranks
+        ]
     return _sheet(rows, f'{TASKS[task].title}: {checkpoint}', title, len(ranked), out)
 
 
-def _picture(visualizer: Any, task: str, sample: Any) -> np.ndarray:
-    """Labels on the left, predictions on the right, as the toolbox draws them."""
+def _picture(visualizer: Any, task: str, sample: Any, scratch: Path) -> np.ndarray:
+    """Labels on the left, predictions on the right, as the toolbox draws them into a file."""
     image = mmcv.imread(sample.img_path, channel_order='rgb')
     if task == 'tinyimagenet':
-        return visualizer.visualize_cls(image, sample, rescale_factor=6)
-    options = {} if task == 'camvid' else dict(pred_score_thr=SURE)
-    visualizer.add_datasample('image', image, sample, **options)
-    return visualizer.get_image()
+        visualizer.visualize_cls(image, sample, rescale_factor=6, out_file=str(scratch))
+    else:
+        options = {} if task == 'camvid' else dict(pred_score_thr=SURE)
+        visualizer.add_datasample('image', image, sample, out_file=str(scratch), **options)
+    return mmcv.imread(scratch, channel_order='rgb')
 
 
 def _sheet(rows: list[tuple], head: str, title: str, total: int, out: Path) -> Path:
