@@ -17,6 +17,7 @@ from mmengine.registry import DefaultScope
 from mmengine.runner import Runner
 from tqdm import tqdm
 
+from mmlavit.engine.checkpoint_file import guard_checkpoints
 from mmlavit.evaluation.dsb2018 import DSB2018Metric
 
 from .tasks import TASKS
@@ -120,6 +121,7 @@ def draw(task: str, checkpoint: Path, out: Path, count: int = 3) -> Path:
         raise ValueError(f'images must be at least 2, got {count}')
     if not checkpoint.is_file():
         raise FileNotFoundError(f'{checkpoint} is not there')
+    guard_checkpoints()
     beside = checkpoint.with_name('config.py')
     cfg = Config.fromfile(beside if beside.is_file() else TASKS[task].config)
     cfg.load_from = str(checkpoint)
@@ -161,8 +163,10 @@ def _sheet(rows: list[tuple], head: str, title: str, total: int, out: Path) -> P
     import matplotlib.pyplot as plt
 
     height = sum(0.35 + WIDTH * picture.shape[0] / picture.shape[1] for *_, picture in rows)
-    figure, panels = plt.subplots(len(rows), 1, figsize=(WIDTH, height + 0.7), layout='constrained')
-    for panel, (rank, score, sample, picture) in zip(panels, rows, strict=True):
+    figure, panels = plt.subplots(
+        len(rows), 1, figsize=(WIDTH, height + 0.7), layout='constrained', squeeze=False
+    )
+    for panel, (rank, score, sample, picture) in zip(panels[:, 0], rows, strict=True):
         name = Path(sample.img_path).name
         place = f'image {rank + 1} of {total} by {title}, {score:.2f}: {name}'
         panel.set_title(place, fontsize=9, loc='left')
