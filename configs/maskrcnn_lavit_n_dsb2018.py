@@ -29,6 +29,8 @@ train_dataloader = dict(
                 crop_size=(96, 192),
                 recompute_bbox=True,
             ),
+            # Of nuclei whose box, but no pixel, is in the crop: their box is empty, their loss NaN.
+            dict(type='FilterAnnotations', min_gt_bbox_wh=(1, 1)),
             dict(type='Resize', scale=(256, 256), keep_ratio=True),
             dict(
                 type='RandomFlip',
