@@ -22,6 +22,9 @@ from ..demo import last_checkpoint, read_scalars
 from .backbones import BACKBONES
 from .tasks import TASKS
 
+repair_torchvision()
+repair_config_bases()
+
 WORK_DIR = Path('work_dirs/real_images')
 #: What a learning rate is tried with, of a whole training.
 TRIAL = 0.25
@@ -55,8 +58,6 @@ class Training(NamedTuple):
 @functools.lru_cache
 def committed(path: Path) -> Config:
     """A config as it is committed."""
-    repair_torchvision()
-    repair_config_bases()
     return Config.fromfile(path)
 
 
