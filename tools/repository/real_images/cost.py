@@ -97,6 +97,8 @@ def _step(task: str, backbone: str, rounds: int) -> dict[str, float]:
     ):
         cfg.work_dir = folder
         cfg.log_level = 'ERROR'
+        # One with a name is kept for the whole process, and this folder is not.
+        cfg.visualizer = None
         runner = Runner.from_cfg(cfg)
         runner.model.init_weights()
         optimizer = runner.build_optim_wrapper(cfg.optim_wrapper)
