@@ -75,11 +75,11 @@ val_evaluator = [
 ]
 test_evaluator = val_evaluator
 
-train_cfg = dict(max_epochs=48, val_interval=8)
+train_cfg = dict(max_epochs=24, val_interval=4)
 param_scheduler = [
     dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=200),
     dict(
-        type='CosineAnnealingLR', by_epoch=True, T_max=48, eta_min=1e-5, convert_to_iter_based=True
+        type='CosineAnnealingLR', by_epoch=True, T_max=24, eta_min=1e-5, convert_to_iter_based=True
     ),
 ]
 # The contest has no images to choose a checkpoint by: the last one counts.
