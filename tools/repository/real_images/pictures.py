@@ -13,7 +13,7 @@ import mmcv
 import numpy as np
 from mmengine.config import Config
 from mmengine.hooks import Hook
-from mmengine.registry import DefaultScope
+from mmengine.registry import VISUALIZERS, DefaultScope
 from mmengine.runner import Runner
 from tqdm import tqdm
 
@@ -130,18 +130,21 @@ def draw(task: str, checkpoint: Path, out: Path, count: int = 3) -> Path:
     scope = DefaultScope.overwrite_default_scope(cfg.default_scope)
     with tempfile.TemporaryDirectory() as folder, scope:
         cfg.work_dir = folder
+        # One of the config's name would be kept for the process, with its folder.
+        visualizer = VISUALIZERS.build({**cfg.visualizer, 'name': folder, 'save_dir': folder})
+        cfg.visualizer = None
         runner = Runner.from_cfg(cfg)
         keep = _Keep(score, len(runner.build_dataloader(cfg.test_dataloader).dataset))
         runner.register_hook(keep)
         runner.test()
         keep.bar.close()
-        runner.visualizer.dataset_meta = runner.test_dataloader.dataset.metainfo
+        visualizer.dataset_meta = runner.test_dataloader.dataset.metainfo
         # The images of the ends first and last, ties in the order of the data.
         ranked = sorted(keep.samples, key=lambda pair: -pair[0])
         ranks = np.linspace(0, len(ranked) - 1, min(count, len(ranked))).round().astype(int)
         scratch = Path(folder) / 'drawn.png'
         rows = [
-            (rank, *ranked[rank], _picture(runner.visualizer, task, ranked[rank][1], scratch))
+            (rank, *ranked[rank], _picture(visualizer, task, ranked[rank][1], scratch))
             for rank in ranks
         ]
     return _sheet(rows, f'{TASKS[task].title}: {checkpoint}', title, len(ranked), out)
