@@ -28,6 +28,7 @@ REPOSITORY_TOOLS = (
     'attention_cost.py',
     'architecture_figures.py',
     'experiments.py',
+    'real_images.py',
     'roofline.py',
     'start_figure.py',
     'model_zoo.py',

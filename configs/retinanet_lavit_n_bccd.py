@@ -49,10 +49,10 @@ test_dataloader = dict(
 val_evaluator = dict(ann_file='data/bccd/annotations/val.json', classwise=True)
 test_evaluator = dict(ann_file='data/bccd/annotations/test.json', classwise=True)
 
-train_cfg = dict(max_epochs=60, val_interval=2)
+train_cfg = dict(max_epochs=30, val_interval=2)
 param_scheduler = [
     dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=200),
     dict(
-        type='CosineAnnealingLR', by_epoch=True, T_max=60, eta_min=1e-5, convert_to_iter_based=True
+        type='CosineAnnealingLR', by_epoch=True, T_max=30, eta_min=1e-5, convert_to_iter_based=True
     ),
 ]

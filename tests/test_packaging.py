@@ -184,6 +184,7 @@ def test_wheel_holds_package_configs_and_tools_and_nothing_else(wheel: Path) -> 
         'attention_cost.py',
         'architecture_figures.py',
         'experiments.py',
+        'real_images.py',
         'roofline.py',
         'start_figure.py',
         'model_zoo.py',

@@ -111,7 +111,7 @@ def gflops(model: nn.Module, image: tuple[int, int]) -> float:
 def schedule(cfg: Config) -> str:
     """Length of the training."""
     if 'max_iters' in cfg.train_cfg:
-        return f'{cfg.train_cfg.max_iters / 1000:.0f}k iterations'
+        return f'{cfg.train_cfg.max_iters / 1000:g}k iterations'
     # mmdet's 3x schedule repeats the data set within an epoch.
     repeats = cfg.train_dataloader.dataset.get('times', 1)
     return f'{cfg.train_cfg.max_epochs * repeats} epochs'

@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import cv2
@@ -422,7 +423,7 @@ def test_peak_memory_is_of_the_task_alone():
     ballast = torch.ones(300 * 2**20 // 4)
     little, much = (
         memory.peak_memory(
-            'LaViT-S', Task('inference', (1, 3, n, n)), Settings(), torch.contiguous_format
+            partial(models.build, 'LaViT-S'), Task('inference', (1, 3, n, n)), Settings()
         )
         for n in (128, 512)
     )

@@ -1,1 +1,1 @@
-"""What works on this repository alone: demos, experiments, benchmarks. Not in the wheel."""
+"""What works on this repository alone: demos, experiments, benchmarks, real images. In no wheel."""

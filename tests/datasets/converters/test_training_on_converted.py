@@ -12,6 +12,10 @@ import test_camvid
 import test_dsb2018
 import test_tinyimagenet
 from helpers import ROOT, assert_ran, read_log, run_tool
+from mmcv.transforms import Compose
+from mmengine.config import Config
+
+from mmlavit.compat import repair_torchvision
 
 #: By config: its data set, what draws a download of it, options, and what it is measured by.
 CASES = {
@@ -74,3 +78,47 @@ def test_converts_trains_and_tests(config: str, tmp_path: Path) -> None:
     ran = run_tool('test.py', file, checkpoint, '--cfg-options', *options, cwd=tmp_path)
     assert_ran(ran)
     assert all(name in ran.stdout for name in metrics)
+
+
+def test_crops_hold_no_nucleus_without_a_pixel() -> None:
+    """One whose box is in the crop and whose mask is not would make the loss NaN."""
+    repair_torchvision()
+    from mmdet.registry import TRANSFORMS
+    from mmdet.structures.bbox import HorizontalBoxes
+    from mmdet.structures.mask import BitmapMasks
+    from mmdet.utils import register_all_modules
+
+    register_all_modules(init_default_scope=False)
+    pipeline = Config.fromfile(
+        ROOT / 'configs/maskrcnn_lavit_n_dsb2018.py'
+    ).train_dataloader.dataset.pipeline
+    # A frame around the image, which most crops miss, and spots of which they have some.
+    size = 400
+    masks = np.zeros((26, size, size), np.uint8)
+    masks[0] = 1
+    masks[0, 4:-4, 4:-4] = 0
+    for i, (y, x) in enumerate(np.ndindex(5, 5), 1):
+        masks[i, 80 * y + 30 : 80 * y + 50, 80 * x + 30 : 80 * x + 50] = 1
+    instances = BitmapMasks(masks, size, size)
+    boxes = instances.get_bboxes(HorizontalBoxes)
+    crop = Compose([TRANSFORMS.build(step) for step in pipeline[2:-1]])
+    np.random.seed(0)
+    counts = []
+    for _ in range(100):
+        found = crop(
+            dict(
+                img=np.zeros((size, size, 3), np.uint8),
+                img_shape=(size, size),
+                gt_bboxes=boxes.clone(),
+                gt_masks=BitmapMasks(masks.copy(), size, size),
+                gt_bboxes_labels=np.zeros(26, np.int64),
+                gt_ignore_flags=np.zeros(26, bool),
+            )
+        )
+        if found is None:
+            continue
+        left = found['gt_bboxes']
+        assert (left.widths > 0).all() and (left.heights > 0).all()
+        assert len(found['gt_masks']) == len(left) == len(found['gt_bboxes_labels'])
+        counts.append(len(left))
+    assert max(counts) > 3

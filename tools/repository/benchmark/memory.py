@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import multiprocessing
 import resource
+from collections.abc import Callable
 
 import torch
+from torch import nn
 
-from .models import BACKBONES
 from .routes import ROUTES
 from .workload import BackboneWorkload, Settings, Task
 
@@ -15,16 +16,16 @@ MIB = 2**20
 
 
 def peak_memory(
-    name: str,
+    build: Callable[[Task], nn.Module],
     task: Task,
     settings: Settings,
-    memory_format: torch.memory_format,
+    memory_format: torch.memory_format = torch.contiguous_format,
     linear: str = 'own',
 ) -> float:
     """What three steps add to the memory of a process that holds model and images already.
 
     Args:
-        name: Name of the backbone.
+        build: Makes the backbone; another process has to be able to import it.
         task: What a step does.
         settings: How it is computed.
         memory_format: Of model and images.
@@ -34,18 +35,22 @@ def peak_memory(
         Growth of the peak, in MiB.
     """
     if settings.device == 'cuda':
-        return _on_gpu(name, task, settings, memory_format)
+        return _on_gpu(build, task, settings, memory_format)
     # Linux hands the peak of a process on to what it starts with exec, as 'spawn' does; the child
     # of a server begins anew.
     with multiprocessing.get_context('forkserver').Pool(1) as pool:
-        return pool.apply(_on_cpu, (name, task, settings, memory_format, linear))
+        return pool.apply(_on_cpu, (build, task, settings, memory_format, linear))
 
 
 def _on_cpu(
-    name: str, task: Task, settings: Settings, memory_format: torch.memory_format, linear: str
+    build: Callable[[Task], nn.Module],
+    task: Task,
+    settings: Settings,
+    memory_format: torch.memory_format,
+    linear: str,
 ) -> float:
     torch.set_num_threads(settings.threads)
-    work = BackboneWorkload(BACKBONES[name], task, settings, memory_format, ROUTES[linear])
+    work = BackboneWorkload(build, task, settings, memory_format, ROUTES[linear])
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     for _ in range(3):
         work.step()
@@ -53,8 +58,13 @@ def _on_cpu(
     return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
 
 
-def _on_gpu(name: str, task: Task, settings: Settings, memory_format: torch.memory_format) -> float:
-    work = BackboneWorkload(BACKBONES[name], task, settings, memory_format)
+def _on_gpu(
+    build: Callable[[Task], nn.Module],
+    task: Task,
+    settings: Settings,
+    memory_format: torch.memory_format,
+) -> float:
+    work = BackboneWorkload(build, task, settings, memory_format)
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     for _ in range(3):

@@ -134,6 +134,11 @@ def require_packages(names: Iterable[str]) -> None:
         )
 
 
+def build(name: str, task: Task) -> nn.Module:
+    """The backbone of a name in :data:`BACKBONES`; another process can be handed this function."""
+    return BACKBONES[name](task)
+
+
 #: Name of a detector and its config, ours by its name, the peers' as MMEngine finds them.
 DETECTORS = {
     'Mask R-CNN LaViT-S': 'mmlavit::maskrcnn_lavit_s_coco.py',

@@ -7,6 +7,7 @@ import statistics
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 from torch import nn
@@ -19,7 +20,7 @@ from mmlavit.models.lavit import LaViT
 from mmlavit.models.windows import WindowGrid
 
 from .memory import peak_memory
-from .models import BACKBONES, DETECTORS
+from .models import BACKBONES, DETECTORS, build
 from .routes import ROUTES, has_linear_layers
 from .timing import interleave
 from .workload import BackboneWorkload, Settings, Task
@@ -123,7 +124,9 @@ def backbones(
             row = Row(name, times, linear, formats[key], None, params[key])
             row.gflops, row.floor = flops[name] / 2e9, flops[name] / rate
             if memory and not any(other.model == name for other in rows):
-                row.memory = peak_memory(name, task, settings, FORMATS[formats[key]], linear)
+                row.memory = peak_memory(
+                    partial(build, name), task, settings, FORMATS[formats[key]], linear
+                )
             rows.append(row)
         conditions = f'{settings}, products at {rate / 1e9:.0f} GFLOP/s'
         yield Comparison(task.name, shape, task.shape[0], conditions, rows, absent)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import statistics
 from collections.abc import Iterable
 from pathlib import Path
@@ -12,12 +11,12 @@ import matplotlib
 
 from mmlavit.analysis.replacement_run import COLUMNS
 
+from .. import results as pages
 from .tasks import TASKS
 from .variants import EXPERIMENTS, VARIANTS, Experiment
 
 #: As many as an experiment must have before its figures mean something.
 SEEDS = 3
-_MARKS = '<!-- results: {} -->', '<!-- end of results -->'
 
 
 def table(experiment: Experiment, results: list[dict[str, Any]], times: dict[str, float]) -> str:
@@ -173,8 +172,7 @@ def _cell(results: list[dict[str, Any]], base: list[dict[str, Any]]) -> str:
     if not results:
         return '–'
     values = [r['metric'] for r in results]
-    spread = f' ± {statistics.stdev(values):.1f}' if len(values) > 1 else ''
-    text = f'{statistics.mean(values):.1f}{spread}'
+    text = pages.mean_and_spread(values)
     if len(values) < SEEDS:
         text += f' [{len(values)} of {SEEDS} seeds]'
     by_seed = {r['seed']: r['metric'] for r in base}
@@ -285,23 +283,18 @@ def fill_in(
         ValueError: If a name is none of :data:`~repository.experiments.variants.EXPERIMENTS`.
     """
 
-    def fresh(match: re.Match) -> str:
-        name = match[1]
+    def table_of(name: str) -> str:
         if name == 'alive':
-            found = alive(results)
-        elif name == 'resizing':
-            found = resized(resizing)
-        elif name == 'replacing':
-            found = replaced(replacing)
-        elif name in EXPERIMENTS:
-            found = table(EXPERIMENTS[name], results, times)
-        else:
-            raise ValueError(
-                f'the page asks for results of {name!r}; there are alive, resizing, replacing, '
-                f'{", ".join(EXPERIMENTS)}'
-            )
-        start, end = (mark.format(name) for mark in _MARKS)
-        return f'{start}\n\n{found}\n\n{end}'
+            return alive(results)
+        if name == 'resizing':
+            return resized(resizing)
+        if name == 'replacing':
+            return replaced(replacing)
+        if name in EXPERIMENTS:
+            return table(EXPERIMENTS[name], results, times)
+        raise ValueError(
+            f'the page asks for results of {name!r}; there are alive, resizing, replacing, '
+            f'{", ".join(EXPERIMENTS)}'
+        )
 
-    start, end = (re.escape(mark) for mark in _MARKS)
-    return re.sub(start.replace(r'\{\}', r'(\S+)') + '.*?' + end, fresh, page, flags=re.DOTALL)
+    return pages.fill_in(page, table_of)

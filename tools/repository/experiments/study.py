@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 import os
 import sys
@@ -13,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ..results import add_line, read_lines
 from .tasks import TASKS
 from .training import train_variant
 from .variants import EXPERIMENTS, VARIANTS, register_backbones
@@ -77,12 +77,9 @@ def read_results(path: Path) -> list[dict[str, Any]]:
         One for each training; none where there is no file. Those with another budget or of other
         data than the tasks' now are not among them.
     """
-    if not path.exists():
-        return []
-    results = [json.loads(line) for line in path.read_text().splitlines()]
     return [
         r
-        for r in results
+        for r in read_lines(path)
         if (task := TASKS.get(r['task']))
         and (r['iterations'], r.get('data')) == (task.iterations, task.data)
     ]
@@ -117,7 +114,6 @@ def run(wanted: list[Training], results: Path, jobs: int = 2) -> list[dict[str, 
     print(f'{len(wanted)} trainings, {len(wanted) - len(missing)} of them done before', flush=True)
     failed = []
     if missing:
-        results.parent.mkdir(parents=True, exist_ok=True)
         _import_toolboxes()
         # Forked processes have all imports done; a new one for each training shares nothing.
         context = multiprocessing.get_context('fork')
@@ -127,8 +123,7 @@ def run(wanted: list[Training], results: Path, jobs: int = 2) -> list[dict[str, 
                     failed.append(str(training))
                     print(f'{i}/{len(missing)} {training}: FAILED, {result}', flush=True)
                     continue
-                with results.open('a') as file:
-                    file.write(json.dumps(result) + '\n')
+                add_line(results, result)
                 done[_key(result)] = result
                 print(f'{i}/{len(missing)} {training}: {result["metric"]:.1f}', flush=True)
     if failed:

@@ -14,7 +14,8 @@ def register_backbones() -> None:
     repair_torchvision()
     import mmdet.models  # noqa: F401
 
-    from . import ablations, peers  # noqa: F401
+    from .. import peers  # noqa: F401
+    from . import ablations  # noqa: F401
 
 
 # Small enough for a training in a minute or two on one core; deep enough for layers that reuse.
