@@ -204,7 +204,7 @@ class TestTheKernel:
         assert backward.flops == flops.get_total_flops() + again
 
     def test_in_a_model_it_saves_kernels_and_bytes_and_no_products(self):
-        def build() -> LaViT:
+        def build(task: Task) -> LaViT:
             return LaViT('nano')
 
         for task in (SMALL, Task('training', SMALL.shape)):

@@ -46,9 +46,8 @@ def images(tasks: Iterable[str], rounds: int = 15) -> dict[str, dict[str, dict[s
             # Where it starts from makes no difference to what it costs.
             names = [name for name in TASKS[task].backbones if name != 'pretrained']
             builds = {name: partial(_build, task, name) for name in names}
-            steps = {
-                n: BackboneWorkload(b, work, Settings(threads=1)).step for n, b in builds.items()
-            }
+            settings = Settings(threads=1)
+            steps = {n: BackboneWorkload(b, work, settings).step for n, b in builds.items()}
             seconds = interleave(steps, rounds, description=task)
             found[task] = {
                 name: dict(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..benchmark.models import BACKBONES
-from ..benchmark.workload import AMP, Task
+from ..benchmark.workload import Task
 from .counter import Launch, OperatorCounter
 from .gpu import (
     cuda_rules,
@@ -38,7 +38,7 @@ class GPU:
 
     def seconds(self, launch: Launch) -> float:
         """The least an operator takes: its bytes or its products, whichever take longer."""
-        if launch.flops and launch.dtype not in AMP.values():
+        if launch.flops and launch.dtype not in HALVES.values():
             raise ValueError(f'{launch.name} is a product of {launch.dtype}, not of a half type')
         bytes_ = launch.read + launch.written
         return max(bytes_ / self.bandwidth, launch.flops / self.flops)
@@ -50,6 +50,8 @@ GPUS = (GPU('A100', 2.039e12, 312e12), GPU('H100', 3.35e12, 989e12))
 #: Seconds from one kernel to the next when PyTorch launches them one by one: assumed, not measured.
 LAUNCH = 5e-6
 
+#: What autocast computes in.
+HALVES = {'bf16': torch.bfloat16, 'fp16': torch.float16}
 #: Name in the table and what it is: a backbone, and whether its less attention is one kernel.
 MODELS: dict[str, tuple[str, bool]] = {
     'LaViT-S': ('LaViT-S', True),
@@ -92,12 +94,12 @@ class Row:
 
 
 def count(
-    build: Callable[[], nn.Module], task: Task, dtype: torch.dtype, kernel: bool = False
+    build: Callable[[Task], nn.Module], task: Task, dtype: torch.dtype, kernel: bool = False
 ) -> list[Launch]:
     """Count the operators of a step under autocast.
 
     Args:
-        build: Makes the backbone; it returns a sequence of maps.
+        build: Makes the backbone for a task; it returns a sequence of maps.
         task: What a step does.
         dtype: ``torch.float16`` or ``torch.bfloat16``.
         kernel: Whether a LaViT's less attention is one operator.
@@ -105,7 +107,7 @@ def count(
     Returns:
         All that is launched, in order.
     """
-    model = build()
+    model = build(task)
     trains = task.name == 'training'
     model.train(trains)
     counter = OperatorCounter(
@@ -161,7 +163,7 @@ def tables(tasks: Sequence[Task] = TASKS, names: Sequence[str] = tuple(MODELS)) 
         yield '|---' * (7 + len(GPUS)) + '|'
         for name in names:
             found: dict[Row, list[str]] = {}
-            for label, dtype in sorted(AMP.items(), reverse=True):
+            for label, dtype in sorted(HALVES.items(), reverse=True):
                 build, kernel = BACKBONES[MODELS[name][0]], MODELS[name][1]
                 key = row(count(build, task, dtype, kernel), batch)
                 found.setdefault(key, []).append(label)
