@@ -331,7 +331,7 @@ def test_weights_are_widened_as_the_page_says(tmp_path: Path, stem: bool) -> Non
         torch.testing.assert_close(a, b)
 
 
-@pytest.mark.parametrize('page', ['get_started', 'faq'])
+@pytest.mark.parametrize('page', ['../README', 'get_started', 'training', 'attention', 'faq'])
 def test_configs_and_commands_that_pages_name_are_there(page: str) -> None:
     text = (DOCS / f'{page}.md').read_text(encoding='utf-8')
     commands = set(re.findall(r'mmlavit (\w+) (?=CONFIG|NAME|\w+_lavit)', text))
