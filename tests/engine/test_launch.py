@@ -383,7 +383,7 @@ def test_no_toolbox_at_all_in_a_real_process(tmp_path):
         assert 'not installed' in the_one_line(result.stderr) or 'none' in the_one_line(
             result.stderr
         )
-        assert 'onedl' in the_one_line(result.stderr)
+        assert 'README.md' in the_one_line(result.stderr)
 
 
 def test_toolbox_without_its_tools(call, tmp_path, fake_toolboxes):

@@ -30,8 +30,12 @@ from mmlavit.export.publish import prepare, write
 from mmlavit.models.state_dict import resize_window_weight
 
 CONFIGS = Path(__file__).resolve().parents[2] / 'configs'
-CLASSIFIERS = {file.stem.split('_')[1]: file for file in CONFIGS.glob('lavit_*.py')}
-TASKS = sorted(file for file in CONFIGS.glob('*.py') if not file.stem.startswith('lavit_'))
+# On photographs nano has other windows in its classifier than in its tasks, so that Psi and Theta are
+# resized on the way; test_windows_may_differ is about that.
+PHOTOGRAPHS = ('tinyimagenet', 'camvid', 'dsb2018', 'bccd')
+FILES = [file for file in CONFIGS.glob('*.py') if not file.stem.endswith(PHOTOGRAPHS)]
+CLASSIFIERS = {file.stem.split('_')[1]: file for file in FILES if file.stem.startswith('lavit_')}
+TASKS = sorted(file for file in FILES if not file.stem.startswith('lavit_'))
 
 
 def letter(file: Path) -> str:

@@ -14,6 +14,7 @@ import test_tinyimagenet
 from helpers import ROOT, assert_ran, read_log, run_tool
 from mmcv.transforms import Compose
 from mmengine.config import Config
+from mmengine.registry import DefaultScope
 
 from mmlavit.compat import repair_torchvision
 
@@ -101,7 +102,8 @@ def test_crops_hold_no_nucleus_without_a_pixel() -> None:
         masks[i, 80 * y + 30 : 80 * y + 50, 80 * x + 30 : 80 * x + 50] = 1
     instances = BitmapMasks(masks, size, size)
     boxes = instances.get_bboxes(HorizontalBoxes)
-    crop = Compose([TRANSFORMS.build(step) for step in pipeline[2:-1]])
+    with DefaultScope.overwrite_default_scope('mmdet'):
+        crop = Compose([TRANSFORMS.build(step) for step in pipeline[2:-1]])
     np.random.seed(0)
     counts = []
     for _ in range(100):
