@@ -30,7 +30,7 @@ from mmlavit.export.publish import prepare, write
 from mmlavit.models.state_dict import resize_window_weight
 
 CONFIGS = Path(__file__).resolve().parents[2] / 'configs'
-# On photographs nano has other windows in its classifier than in its tasks, so that Psi and Theta are
+# On photographs nano has other windows in its classifier than in its tasks, so Psi and Theta are
 # resized on the way; test_windows_may_differ is about that.
 PHOTOGRAPHS = ('tinyimagenet', 'camvid', 'dsb2018', 'bccd')
 FILES = [file for file in CONFIGS.glob('*.py') if not file.stem.endswith(PHOTOGRAPHS)]
