@@ -185,6 +185,7 @@ def test_repository_serves_its_own_configs(tmp_path: Path) -> None:
         Config.fromfile(heir)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures('shapes')
 @pytest.mark.parametrize('config', [OWN, INHERITED], ids=['own', 'inherited'])
 def test_strangers_project_trains(

@@ -119,6 +119,7 @@ def test_path(call):
     assert call('path', 'mmlavit::lavit_[ts]_imagenet.py')[1].split() == sorted(map(str, files))
 
 
+@pytest.mark.slow
 def test_a_copy_is_the_same_config(call):
     code, out, _ = call('copy', '*', '--out', 'mine')
     assert code == 0

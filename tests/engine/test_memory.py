@@ -135,6 +135,7 @@ def passes_with_leaks(leaks: list[Callable[[LaViT], None] | None]) -> list[list[
     return [many_passes(100, 400, 40, leak) for leak in leaks]
 
 
+@pytest.mark.slow
 def test_a_leak_of_an_object_in_each_pass_is_caught():
     runs = alone(passes_with_leaks, [leak_maps, leak_sizes, None])
     maps, sizes, nothing = (grown(*held, passes=300) for held in runs)

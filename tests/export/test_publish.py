@@ -512,6 +512,7 @@ def metrics_of(cfg: Config, work_dir: Path, load_from: Path) -> dict:
     return Runner.from_cfg(cfg).test()
 
 
+@pytest.mark.slow
 def test_load_from(training, released, tmp_path):
     """A Runner with an EMAHook, as trained: it tests the weights that were published."""
     shutil.copy(training.file, tmp_path / 'epoch_2.pth')

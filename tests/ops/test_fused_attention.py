@@ -45,7 +45,8 @@ def python(*arguments: object, **variables: str) -> subprocess.CompletedProcess[
 @pytest.mark.parametrize(
     'variables',
     [
-        pytest.param({'TRITON_INTERPRET': '1'}, id='interpreter'),
+        # Most of a minute of one core, in the interpreter.
+        pytest.param({'TRITON_INTERPRET': '1'}, marks=pytest.mark.slow, id='interpreter'),
         pytest.param(
             {},
             marks=pytest.mark.skipif(not torch.cuda.is_available(), reason='there is no GPU'),

@@ -302,6 +302,7 @@ class TestSuites:
                 assert row.format in suites.FORMATS
                 assert row.memory is None
 
+    @pytest.mark.slow
     def test_memory_is_measured_once_a_model(self):
         options = dict(routes=('own', 'ours'))
         (found,) = suites.backbones(['ConvNeXt-T'], SMALL[1:], Settings(), 1, 1e10, **options)
@@ -501,7 +502,8 @@ class TestReport:
 
 
 @pytest.mark.parametrize(
-    'precisions', [['fp32'], pytest.param(['fp32', 'bf16-amp', 'bf16'], marks=pytest.mark.slow)]
+    'precisions',
+    [pytest.param(p, marks=pytest.mark.slow) for p in (['fp32'], ['fp32', 'bf16-amp', 'bf16'])],
 )
 def test_the_command(tmp_path, precisions):
     command = [sys.executable, REPOSITORY / 'tools' / 'benchmark.py', '--rounds', '1']

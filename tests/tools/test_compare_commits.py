@@ -88,6 +88,7 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> Repository:
     return Repository(tmp_path_factory.mktemp('commits') / 'repository')
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ('names', 'status', 'verdict'),
     [
@@ -112,6 +113,7 @@ def test_verdict(repository: Repository, names: tuple[str, str], status: int, ve
     assert out.splitlines()[-1] == f'slower: {slower}'
 
 
+@pytest.mark.slow
 def test_what_is_in_no_commit_is_not_passed_over(repository: Repository) -> None:
     before = repository.package.read_text()
     repository.package.write_text(before + '\n')
@@ -157,12 +159,13 @@ def test_stopped_it_leaves_nothing(repository: Repository) -> None:
     assert not list(repository.temporary.iterdir())
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not (ROOT / '.git').exists(), reason='no clone')
 def test_a_commit_is_as_fast_as_itself() -> None:
     """Through LaViT itself."""
     command = [sys.executable, ROOT / 'tools' / 'compare_commits.py', 'HEAD', '--ignore-changes']
     command += ['--arch', 'nano', '--cases', 'inference:1x32x32:fp32', 'training:1x32x32:bf16-amp']
-    command += ['--threads', '1', '--pairs', '12', '--tolerance', '0.1']
+    command += ['--threads', '1', '--pairs', '12', '--tolerance', '0.5']
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     rows = [line.split('|') for line in done.stdout.splitlines() if line.startswith('| ')][1:]
@@ -171,7 +174,7 @@ def test_a_commit_is_as_fast_as_itself() -> None:
         'training:1x32x32:bf16-amp',
     ]
     for row in rows:
-        assert float(row[4]) == pytest.approx(1, abs=0.1)
+        assert float(row[4]) == pytest.approx(1, abs=0.5)
 
 
 def outcome(ratios: list[float], tolerance: float = 0.02) -> Outcome:

@@ -302,6 +302,7 @@ def test_every_variant_trains_and_every_task(small_tasks, task):
     assert [(r['task'], r['variant'], r['seed'], r['rate']) for r in metrics] == wanted
 
 
+@pytest.mark.slow
 def test_equal_seeds_give_equal_trainings(small_tasks):
     TASKS['match'].make_data()
     runs = [

@@ -393,6 +393,7 @@ def test_trials_are_no_results_and_have_a_table_of_their_own():
     assert found['PVTv2-B0'][TASKS['bccd'].title] == ''
 
 
+@pytest.mark.slow
 def test_the_page_says_that_it_is_being_filled_until_all_is_there():
     results = fake('lavit', {0: 0.7})
     assert 'being filled: 1 of ' in report.progress(results)
