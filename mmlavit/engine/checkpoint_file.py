@@ -152,33 +152,48 @@ def read_weights(path: str, map_location: Any = 'cpu') -> Mapping[str, Any]:
         FileNotFoundError: If there is no such file.
         CheckpointError: See :func:`read_checkpoint`; or it holds no state dict.
     """
-    return _weights_of(_load(path, map_location), path)
+    return weights_of(read_anywhere(path, map_location), path)
 
 
-def read_dataset_meta(path: str) -> Mapping[str, Any]:
+def dataset_meta_of(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     """What a training's checkpoint says of its data: ``classes``, ``palette``.
 
     Args:
-        path: As of :func:`read_weights`.
+        checkpoint: What :func:`read_anywhere` returns.
 
     Returns:
         Names, in lower case, and values; empty if it says nothing.
+    """
+    said = (checkpoint.get('meta') or {}).get('dataset_meta') or {}
+    return {name.lower(): value for name, value in said.items()}
+
+
+def read_anywhere(path: str, map_location: Any = 'cpu') -> dict:
+    """A checkpoint from a file, or from whatever else MMEngine loads from, such as an URL.
+
+    Args:
+        path: The file or URL.
+        map_location: As in :func:`torch.load`.
 
     Raises:
         FileNotFoundError: If there is no such file.
         CheckpointError: See :func:`read_checkpoint`.
     """
-    meta = _load(path, 'cpu').get('meta') or {}
-    return {name.lower(): value for name, value in (meta.get('dataset_meta') or {}).items()}
-
-
-def _load(path: str, map_location: Any) -> dict:
     if '://' in path:
         return CheckpointLoader.load_checkpoint(path, map_location)
     return read_checkpoint(path, map_location)
 
 
-def _weights_of(checkpoint: dict, path: str) -> Mapping[str, Any]:
+def weights_of(checkpoint: dict, path: str) -> Mapping[str, Any]:
+    """The state dict of a checkpoint that has been read.
+
+    Args:
+        checkpoint: What :func:`read_anywhere` returns.
+        path: Where it is from, for the error.
+
+    Raises:
+        CheckpointError: If it holds none.
+    """
     weights = checkpoint.get('state_dict', checkpoint)
     if not isinstance(weights, Mapping):
         raise CheckpointError(
@@ -203,8 +218,8 @@ def check_pretrained(path: str, prefix: str | None, map_location: Any = 'cpu') -
         FileNotFoundError: If there is no such file.
         CheckpointError: See :func:`read_weights`; or no weight has that prefix.
     """
-    checkpoint = _load(path, map_location)
-    weights = _weights_of(checkpoint, path)
+    checkpoint = read_anywhere(path, map_location)
+    weights = weights_of(checkpoint, path)
     if prefix is None:
         return None
     wanted = prefix if prefix.endswith('.') else f'{prefix}.'

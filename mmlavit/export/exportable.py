@@ -13,7 +13,7 @@ from mmengine.registry import MODELS, init_default_scope
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..engine.checkpoint_file import read_dataset_meta, read_weights
+from ..engine.checkpoint_file import dataset_meta_of, read_anywhere, weights_of
 from ..engine.launch import read_scope, require_package
 from ..errors import MMLaViTError
 from ..models.state_dict import strip_prefix
@@ -286,11 +286,6 @@ def build_model(
         preprocessing = Preprocessing(MODELS.build({'type': _PREPROCESSORS[scope], **source}))
         # What the toolboxes load images as, if nobody says otherwise, is BGR.
         metadata['channels'] = 'RGB' if source.get('rgb_to_bgr') else 'BGR'
-    if head:
-        # The data of a folder tree are not there to be asked; what was trained on them knows.
-        said = read_dataset_meta(checkpoint) if checkpoint is not None else {}
-        if classes := said.get('classes') or read_metainfo(cfg, scope).get('classes'):
-            metadata['classes'] = json.dumps(list(classes))
     model = MODELS.build(parts if head else parts.backbone)
     kind: type[Exportable] = Exportable
     if head:
@@ -300,10 +295,16 @@ def build_model(
         if scope == 'mmseg':
             _check_segmentor(model, config)
             kind = Labeller if labels else Segmentor
+    said: Mapping[str, Any] = {}
     if checkpoint is None:
         model.init_weights()
     else:
-        _load(model, checkpoint, '' if head else 'backbone.')
+        whole = read_anywhere(checkpoint)
+        _load(model, weights_of(whole, checkpoint), checkpoint, '' if head else 'backbone.')
+        said = dataset_meta_of(whole)
+    # The data of a folder tree are not there to be asked; what was trained on them knows.
+    if head and (classes := said.get('classes') or read_metainfo(cfg, scope).get('classes')):
+        metadata['classes'] = json.dumps(list(classes))
     exportable = kind(model, preprocessing, metadata)
     exportable.eval()
     return exportable
@@ -344,9 +345,8 @@ def _check_segmentor(model: nn.Module, config: str | Path) -> None:
         )
 
 
-def _load(model: nn.Module, checkpoint: str, prefix: str) -> None:
+def _load(model: nn.Module, weights: Mapping[str, Tensor], checkpoint: str, prefix: str) -> None:
     """Load all weights of a model, none missing; those of other parts are left out."""
-    weights = read_weights(checkpoint)
     # A checkpoint of the backbone alone has no prefix.
     weights = strip_prefix(weights, prefix) or weights
     try:

@@ -20,7 +20,7 @@ from mmengine.device import get_device
 from mmengine.registry import init_default_scope
 
 from ..analysis.loading import one_line
-from ..engine.checkpoint_file import read_checkpoint
+from ..engine.checkpoint_file import dataset_meta_of, read_anywhere
 from ..engine.launch import read_scope, require_package
 from ..errors import MMLaViTError
 from .sources import Image
@@ -307,7 +307,7 @@ def load_predictor(
     cfg = Config.fromfile(config)
     cfg.merge_from_dict(dict(options or {}))
     init_default_scope(scope)
-    weights = None if checkpoint is None else _read(checkpoint)
+    weights = None if checkpoint is None else read_anywhere(checkpoint)
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(0)
         try:
@@ -320,18 +320,10 @@ def load_predictor(
     meta: Mapping[str, Any] = {}
     if weights is not None:
         _load(predictor.model, weights.get('state_dict', weights), str(checkpoint), config)
-        meta = weights.get('meta', {}).get('dataset_meta') or {}
-    predictor.name_classes({k.lower(): v for k, v in meta.items()} or read_metainfo(cfg, scope))
+        meta = dataset_meta_of(weights)
+    predictor.name_classes(meta or read_metainfo(cfg, scope))
     predictor.model.to(device).eval()
     return predictor
-
-
-def _read(checkpoint: str) -> dict:
-    if '://' in checkpoint:
-        from mmengine.runner import CheckpointLoader
-
-        return CheckpointLoader.load_checkpoint(checkpoint, 'cpu')
-    return read_checkpoint(checkpoint)
 
 
 def _load(model: torch.nn.Module, weights: Mapping, checkpoint: str, config: Path) -> None:
