@@ -2,7 +2,9 @@
 
 import itertools
 import json
+import os
 import re
+import signal
 import zipfile
 from dataclasses import replace
 
@@ -247,8 +249,8 @@ def some_photographs() -> None:
         cv2.imwrite(str(folder / '0.JPEG'), rng.integers(0, 255, (64, 64, 3), np.uint8))
 
 
-def refuse(training: Training) -> tuple[Training, str]:
-    return training, 'not now'
+def refuse(training: Training) -> str:
+    return 'not now'
 
 
 def test_a_study_is_trained_once_and_goes_on(small_tasks, monkeypatch, capfd):
@@ -287,6 +289,22 @@ def test_what_went_wrong_is_in_the_log(small_tasks, monkeypatch):
         study.run([Training('match', 'lavit', 0, 1e-3)], small_tasks / 'results.jsonl')
     log = small_tasks / 'work_dirs/experiments/match/lavit-0-0.001/output.log'
     assert ', in fail\n' in log.read_text() and "KeyError: 'nowhere'" in log.read_text()
+
+
+def test_a_killed_training_fails_and_the_others_go_on(small_tasks, monkeypatch, capfd):
+    """As the system does where memory ends."""
+
+    def train(task: str, variant: str, *args: object) -> dict:
+        if variant == 'lavit':
+            os.kill(os.getpid(), signal.SIGKILL)
+        return dict(task=task, variant=variant, seed=0, rate=1e-3, metric=50.0)
+
+    monkeypatch.setattr(study, 'train_variant', train)
+    wanted = [Training('match', name, 0, 1e-3) for name in ('lavit', 'vanilla', 'no-mixing')]
+    with pytest.raises(RuntimeError, match='1 trainings failed: match lavit seed 0'):
+        study.run(wanted, small_tasks / 'results.jsonl', jobs=1)
+    assert 'FAILED, ended with status -9' in capfd.readouterr().out
+    assert len((small_tasks / 'results.jsonl').read_text().splitlines()) == 2
 
 
 @pytest.mark.slow

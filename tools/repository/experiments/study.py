@@ -6,7 +6,8 @@ import multiprocessing
 import os
 import sys
 import traceback
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -115,17 +116,14 @@ def run(wanted: list[Training], results: Path, jobs: int = 2) -> list[dict[str, 
     failed = []
     if missing:
         _import_toolboxes()
-        # Forked processes have all imports done; a new one for each training shares nothing.
-        context = multiprocessing.get_context('fork')
-        with context.Pool(jobs, maxtasksperchild=1) as pool:
-            for i, (training, result) in enumerate(pool.imap_unordered(_train, missing), 1):
-                if isinstance(result, str):
-                    failed.append(str(training))
-                    print(f'{i}/{len(missing)} {training}: FAILED, {result}', flush=True)
-                    continue
-                add_line(results, result)
-                done[_key(result)] = result
-                print(f'{i}/{len(missing)} {training}: {result["metric"]:.1f}', flush=True)
+        for i, (training, result) in enumerate(_train_all(missing, jobs), 1):
+            if isinstance(result, str):
+                failed.append(str(training))
+                print(f'{i}/{len(missing)} {training}: FAILED, {result}', flush=True)
+                continue
+            add_line(results, result)
+            done[_key(result)] = result
+            print(f'{i}/{len(missing)} {training}: {result["metric"]:.1f}', flush=True)
     if failed:
         raise RuntimeError(f'{len(failed)} trainings failed: {", ".join(failed)}')
     return [done[w] for w in wanted]
@@ -161,7 +159,49 @@ def _import_toolboxes() -> None:
     import mmseg.models  # noqa: F401
 
 
-def _train(training: Training) -> tuple[Training, dict[str, Any] | str]:
+def _train_all(
+    wanted: Iterable[Training], jobs: int
+) -> Iterator[tuple[Training, dict[str, Any] | str]]:
+    """Train each in a new process, and give what comes of it as soon as it is there.
+
+    A pool of processes would wait forever for a training that the system has killed, and forks from
+    a thread, while others hold locks.
+    """
+    # Forked processes have all imports done; a new one for each training shares nothing.
+    context = multiprocessing.get_context('fork')
+    waiting = list(reversed(list(wanted)))
+    running: dict[Connection, tuple[Training, multiprocessing.process.BaseProcess]] = {}
+    try:
+        while waiting or running:
+            while waiting and len(running) < jobs:
+                training = waiting.pop()
+                receiver, sender = context.Pipe(duplex=False)
+                process = context.Process(
+                    target=_send_trained, args=(training, sender), daemon=True
+                )
+                process.start()
+                sender.close()
+                running[receiver] = training, process
+            for receiver in wait(list(running)):
+                training, process = running[receiver]
+                try:
+                    result = receiver.recv()
+                except EOFError:
+                    process.join()
+                    result = f'ended with status {process.exitcode}'
+                del running[receiver]
+                process.join()
+                yield training, result
+    finally:
+        for _, process in running.values():
+            process.kill()
+
+
+def _send_trained(training: Training, sender: Connection) -> None:
+    sender.send(_train(training))
+
+
+def _train(training: Training) -> dict[str, Any] | str:
     """Train in a process of its own, its output in a file; an error comes back as a line."""
     torch.set_num_threads(1)
     work_dir = work_dir_of(*training)
@@ -170,7 +210,7 @@ def _train(training: Training) -> tuple[Training, dict[str, Any] | str]:
         os.dup2(log.fileno(), sys.stdout.fileno())
         os.dup2(log.fileno(), sys.stderr.fileno())
         try:
-            return training, train_variant(*training, work_dir)
+            return train_variant(*training, work_dir)
         except Exception as error:
             traceback.print_exc()
-            return training, f'{type(error).__name__}: {error} (see {log.name})'
+            return f'{type(error).__name__}: {error} (see {log.name})'
