@@ -137,6 +137,7 @@ assert compat.repair_torchvision() is False
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('kept', [0.0, 0.5, 0.99])
 def test_yapf_is_imported_where_its_cache_is_torn(tmp_path: Path, monkeypatch, kept: float) -> None:
     monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))

@@ -600,7 +600,7 @@ def test_says_when_the_backbone_took_no_part():
     'began, said',
     [('now', False), ('now, switched off', False), ('before', True), ('without the loss', False)],
 )
-@pytest.mark.parametrize('resume', [True, False])
+@pytest.mark.parametrize('resume', [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_a_training_that_began_under_the_earlier_loss_goes_on(tmp_path, began, said, resume):
     options = dict(default_hooks=dict(logger=None, checkpoint=dict(type='CheckpointHook')))
     config = "custom_hooks = [dict(type='DiagonalityLossHook')]"

@@ -24,6 +24,10 @@ from mmlavit.export.model_card import (
 from mmlavit.export.publish import PublishError, Release
 
 CONFIGS = sorted((Path(__file__).resolve().parents[2] / 'configs').glob('*.py'))
+EACH = [
+    pytest.param(file, id=file.stem, marks=[] if '_n_' in file.stem else [pytest.mark.slow])
+    for file in CONFIGS
+]
 DETECTOR = next(file for file in CONFIGS if file.stem == 'maskrcnn_lavit_n_shapes')
 
 
@@ -206,7 +210,7 @@ def test_a_backbones_figures_are_of_the_whole_model():
     assert 'Results' not in metafile_entry(part, FILES, facts)
 
 
-@pytest.mark.parametrize('file', CONFIGS, ids=lambda file: file.stem)
+@pytest.mark.parametrize('file', EACH)
 def test_entries_are_of_the_format_of_openmmlab(file, tmp_path):
     facts = Facts(metrics={'a/b': 0.5}, data='D', data_licence='CC0', seconds=90.0)
     entry = metafile_entry(release(file), FILES, facts)
@@ -221,7 +225,7 @@ def test_entries_are_of_the_format_of_openmmlab(file, tmp_path):
     assert entry['Results'][0]['Task'] == task.get(scope, 'Image Classification')
 
 
-@pytest.mark.parametrize('file', CONFIGS, ids=lambda file: file.stem)
+@pytest.mark.parametrize('file', EACH)
 def test_configs_are_read_without_being_run(file):
     cfg = Config.fromfile(file)
 

@@ -136,6 +136,7 @@ class Scaled(nn.Module):
         return 1.5 * self.inner(*args)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('grad', [True, False])
 def test_what_replaces_a_module_is_called(grad):
     """And so is what a hook returns: with gradients and without, the maps are those of both."""
@@ -247,7 +248,7 @@ def _parametrized(module: nn.Module) -> None:
     ],
     ids=['parametrized', 'pruned', 'weight norm'],
 )
-@pytest.mark.parametrize('grad', [True, False])
+@pytest.mark.parametrize('grad', [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_weights_that_are_computed_count(change, count, grad):
     """Each module alone: what it is called with now decides, not the weights of before."""
     plain, x = lavit().eval(), batch()

@@ -103,7 +103,7 @@ def expected_of(model: nn.Module, x: Tensor, weights: dict[str, Tensor]) -> list
 
 
 @by_name(FORMS)
-@pytest.mark.parametrize('size', [PADDED, WHOLE])
+@pytest.mark.parametrize('size', [PADDED, pytest.param(WHOLE, marks=pytest.mark.slow)])
 def test_maps(form, size):
     model, x = model_for(size)
     for dtype, tol in ((torch.float64, 1e-10), (torch.float32, 1e-5)):

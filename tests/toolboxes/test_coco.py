@@ -59,7 +59,7 @@ def test_crowds_are_loaded_to_be_ignored(folder, monkeypatch):
 
 @pytest.mark.slow
 def test_trains_and_evaluates(folder):
-    """An epoch of images of at most 160 pixels; the loss falls."""
+    """An epoch of images of at most 160 pixels, and some to evaluate; the loss falls."""
     options = [
         'train_cfg.max_epochs=1',
         'train_dataloader.dataset.pipeline.2.scale=(160,112)',
@@ -77,6 +77,7 @@ def test_trains_and_evaluates(folder):
         options += [
             f'{split}_dataloader.dataset.pipeline.1.scale=(160,112)',
             f'{split}_evaluator.outfile_prefix=found',
+            f'{split}_dataloader.dataset.indices=12',
         ]
     ran = run_tool(
         *('train.py', CONFIG, '--work-dir', 'run', '--cfg-options', *options), cwd=folder

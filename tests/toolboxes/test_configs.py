@@ -157,8 +157,8 @@ def models_of(cfg: Config):
     return importlib.import_module(f'{cfg.default_scope}.registry').MODELS
 
 
-# Heads that take long on a CPU, with small images too.
-LONG = ('cascade-mask-rcnn', 'mask2former', 'maskrcnn_lavit_s_scratch')
+# Heads that take long on a CPU, with small images too; and models that another config has as well.
+LONG = re.compile('cascade-mask-rcnn|mask2former|maskrcnn_lavit_._(scratch|3x|amp|cp|lsj)')
 
 
 @pytest.fixture(
@@ -167,7 +167,7 @@ LONG = ('cascade-mask-rcnn', 'mask2former', 'maskrcnn_lavit_s_scratch')
         pytest.param(
             file,
             id=file.stem,
-            marks=[pytest.mark.slow] if file.stem.startswith(LONG) else [],
+            marks=[pytest.mark.slow] if LONG.match(file.stem) else [],
         )
         for file in FILES
     ],
@@ -467,6 +467,7 @@ def flatten(value: object) -> list[torch.Tensor]:
 def test_learns_with_its_hooks(experiment):
     """One step: finite losses, a gradient for every weight, and a move."""
     model, cfg = experiment.model.train(), experiment.cfg
+    assert cfg.custom_hooks[0].type == 'DiagonalityLossHook'
     registry = importlib.import_module(f'{cfg.default_scope}.registry')
     # Those of a peer, such as EMA, want a training around them.
     hooks = [registry.HOOKS.build(hook) for hook in copy.deepcopy(cfg.custom_hooks[:2])]
@@ -503,7 +504,16 @@ def test_learns_with_its_hooks(experiment):
         hook.after_train(SimpleNamespace(model=model))
 
 
+@pytest.mark.parametrize(
+    'experiment',
+    [
+        pytest.param(CONFIGS / f'{name}.py', id=name)
+        for name in ('lavit_t_imagenet', 'maskrcnn_lavit_t_coco', 'semfpn_lavit_t_ade20k')
+    ],
+    indirect=True,
+)
 def test_one_option_switches_the_diagonality_loss_on(experiment):
+    """In each toolbox; the hook is the first of every config."""
     cfg = copy.deepcopy(experiment.cfg)
     cfg.merge_from_dict({'custom_hooks.0.loss_weight': 0.1})
     hook = HOOKS.build(cfg.custom_hooks[0])

@@ -442,6 +442,7 @@ def shapes(folder: Path) -> Path:
     return folder / 'shapes'
 
 
+@pytest.mark.slow
 def test_the_command_line(tmp_path, pretrained):
     """A real training starts from the classifier's weights, and its log says what was loaded.
 

@@ -124,6 +124,7 @@ class TestTiming:
         assert 0.2 < rate / (2 * 1024**3 / seconds) < 20
 
 
+@pytest.mark.slow
 class TestModels:
     @pytest.mark.parametrize('name', models.BACKBONES)
     def test_all_give_the_four_maps(self, name):
@@ -208,6 +209,7 @@ def operators(work: BackboneWorkload) -> set[str]:
     return {event.name for event in profile.events()}
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not routes.routes_differ(Settings()), reason='torch without oneDNN')
 class TestLinearLayers:
     """The route of LaViT's linear layers, for whoever has some."""
@@ -283,6 +285,7 @@ class TestLinearLayers:
 
 
 class TestSuites:
+    @pytest.mark.slow
     def test_backbones(self):
         names = ['LaViT-S', 'ResNet-50', 'Swin-T']
         options = dict(memory=False, routes=('own', 'ours'))
@@ -421,6 +424,7 @@ class TestExported:
                 assert similarity > 0.95
 
 
+@pytest.mark.slow
 def test_peak_memory_is_of_the_task_alone():
     """A larger image takes more, however much memory this process has used before."""
     ballast = torch.ones(300 * 2**20 // 4)

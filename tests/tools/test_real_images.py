@@ -38,6 +38,7 @@ def at_the_top(monkeypatch):
 # ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('task', TASKS)
 def test_peers_have_the_parameters_of_lavit_within_a_tenth(task):
     sizes = {name: training.parameters_of(task, name) for name in TASKS[task].backbones}
@@ -58,6 +59,7 @@ def test_maps_have_the_channels_and_strides_that_heads_are_told(task):
         assert [tuple(m.shape[1:]) for m in maps] == expected, name
 
 
+@pytest.mark.slow
 def test_all_that_have_stochastic_depth_have_the_same():
     for task, name in EACH:
         cfg = training.resolved(Training(task, name, 0, 1e-3), None)
@@ -88,6 +90,7 @@ WIDTHS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('task, name', EACH)
 def test_a_written_config_is_the_committed_one_but_for_what_is_said(
     task, name, tmp_path, monkeypatch
@@ -450,6 +453,7 @@ def test_curves_are_means_and_bands(tmp_path, monkeypatch):
         (['draw', 'bccd', 'x.pth'], 'docs/real_images/README.md is not here; start at the top'),
     ],
 )
+@pytest.mark.slow
 def test_the_tool_belongs_to_the_repository(tmp_path, args, message):
     found = run_tool('real_images.py', *args, cwd=tmp_path)
     assert found.returncode == 1
