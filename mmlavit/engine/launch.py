@@ -28,6 +28,7 @@ PACKAGES = {
     'mmdet': ('onedl-mmdetection', 'mmdet'),
     'mmseg': ('onedl-mmsegmentation', 'mmsegmentation'),
     'mmpretrain': ('onedl-mmpretrain', 'mmpretrain'),
+    'mmrotate': ('onedl-mmrotate', 'mmrotate'),
 }
 _CONFIG_SUFFIXES = ('.py', '.json', '.yaml', '.yml')
 
@@ -60,7 +61,7 @@ def read_scope(config: Path) -> str:
         config: Path of the config.
 
     Returns:
-        ``'mmdet'``, ``'mmseg'`` or ``'mmpretrain'``.
+        A key of :data:`PACKAGES`.
 
     Raises:
         LaunchError: If the file is missing or unreadable, or says no scope that we know.

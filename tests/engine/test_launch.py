@@ -320,9 +320,9 @@ def test_no_scope(call, tmp_path, text):
 
 
 def test_unknown_scope(call, tmp_path):
-    write_config(tmp_path / 'config.py', 'mmrotate')
+    write_config(tmp_path / 'config.py', 'mmpose')
     line = refusal(call('train.py', 'config.py'))
-    assert 'config.py' in line and "'mmrotate'" in line
+    assert 'config.py' in line and "'mmpose'" in line
     assert all(package in line for package in SCOPES)
 
 
@@ -347,7 +347,7 @@ def test_broken_config(call, tmp_path, file, text, reason):
     assert file in line and reason in line
 
 
-@pytest.mark.parametrize('package', SCOPES)
+@pytest.mark.parametrize('package', [*SCOPES, 'mmrotate'])
 @pytest.mark.parametrize('how', ['scope', 'base', 'base of base'])
 def test_toolbox_not_installed(call, monkeypatch, tmp_path, package, how):
     """The line names both distributions: the import name is the wrong one for pip."""
@@ -362,7 +362,7 @@ def test_toolbox_not_installed(call, monkeypatch, tmp_path, package, how):
         write_config(tmp_path / 'config.py', None, "_base_ = './base.py'")
     line = refusal(call('train.py', 'config.py'))
     assert re.search(rf'\b{package}\b.* not installed', line)
-    for distribution in SCOPES[package]:
+    for distribution in {**SCOPES, 'mmrotate': ('onedl-mmrotate', 'mmrotate')}[package]:
         assert re.search(rf'\b{distribution}\b', line.partition('not installed')[2]), line
 
 

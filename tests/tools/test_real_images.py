@@ -517,6 +517,8 @@ def test_drawn_images_are_trained_tested_reported_and_drawn(task, tmp_path):
     assert 'being filled: 1 of ' in page and '[1 of 3 seeds]' in page
     assert (folder / f'docs/real_images/{task}.png').is_file()
 
+    if task == 'camvid':
+        return  # the rest takes long, and is the same for all
     # Killed after its last checkpoint: nothing is trained again, and the same comes out.
     before = {path: path.stat().st_mtime_ns for path in work.glob('*/*.pth')}
     (folder / 'docs/real_images/results.jsonl').unlink()
