@@ -18,14 +18,21 @@ from mmlavit import LaViT
 from mmlavit.models.windows import WindowGrid
 
 GUIDE = (ROOT / 'docs' / 'own_data.md').read_text(encoding='utf-8')
-# What makes a model small enough for two cores, by toolbox.
+# What makes a model small enough for two cores, by toolbox. One that has hardly been trained finds
+# a hundred masks in each image.
 NANO = {
-    'mmdet': ['model.backbone.arch=nano', 'model.neck.in_channels=[32,64,160,320]'],
+    'mmdet': [
+        *('model.backbone.arch=nano', 'model.neck.in_channels=[32,64,160,320]'),
+        *('model.test_cfg.rpn.max_per_img=50', 'model.test_cfg.rcnn.max_per_img=5'),
+    ],
     'mmseg': [],
     'mmpretrain': ['model.backbone.arch=nano', 'model.head.in_channels=320'],
 }
 SHORT = {
-    'mmdet': ['train_cfg.max_epochs=1', 'train_dataloader.dataset.indices=4'],
+    'mmdet': [
+        *('train_cfg.max_epochs=1', 'train_dataloader.dataset.indices=4'),
+        'val_dataloader.dataset.indices=2',
+    ],
     'mmseg': [
         *('train_cfg.max_iters=2', 'train_cfg.val_interval=2', 'train_dataloader.batch_size=2'),
         *('default_hooks.checkpoint.interval=2', 'default_hooks.logger.interval=1'),
