@@ -9,7 +9,12 @@ is the model alone, a plain ``torch.nn.Module``.
 from importlib import import_module
 from importlib.util import find_spec
 
-from .compat import repair_config_bases, require_mmengine, serve_config_bases
+from .compat import (
+    read_metafiles_once,
+    repair_config_bases,
+    require_mmengine,
+    serve_config_bases,
+)
 from .models import ARCHS, LaViT, diagonality_preserving_loss
 from .version import __version__ as __version__
 
@@ -37,6 +42,7 @@ if find_spec('mmengine') is not None:
         del _OF_MMENGINE['ResumableFSDPStrategy'], _OF_MMENGINE['wrap_lavit_blocks']
     repair_config_bases()
     serve_config_bases()
+    read_metafiles_once()
     serve_mmengines_hub()
     serve_mmpretrains_hub()
     __all__ += _OF_MMENGINE

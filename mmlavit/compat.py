@@ -207,3 +207,14 @@ def serve_config_bases() -> None:
         return find(cfg_path, filename)
 
     Config._get_cfg_path = staticmethod(find_ours_too)
+
+
+def read_metafiles_once() -> None:
+    """Let MMEngine read the metafiles of a toolbox once a process.
+
+    It reads all of them, a hundred of mmdet's, for each `mmdet::...` that a config inherits from.
+    """
+    from mmengine.config import utils
+
+    if not hasattr(utils.load, '__wrapped__'):
+        utils.load = functools.cache(utils.load)

@@ -215,21 +215,24 @@ def test_what_is_patched_is_patched_once() -> None:
 import sys
 import mmlavit
 from mmengine.config import Config
+from mmengine.config import utils
 from mmengine.config.utils import MODULE2PACKAGE
 from mmengine import hub
 from mmengine.runner import Runner
 from mmlavit.hub import serve_mmengines_hub, serve_mmpretrains_hub
-from mmlavit.compat import let_cpus_take_part, repair_config_bases, serve_config_bases
+from mmlavit.compat import let_cpus_take_part, read_metafiles_once, repair_config_bases
+from mmlavit.compat import serve_config_bases
 from mmlavit.engine.data_checks import check_data
 
 def state():
     names = 'build_dataloader', 'build_train_loop', 'build_val_loop', 'wrap_model'
     found = [getattr(Runner, name) for name in names]
     found += [Config._get_cfg_path, dict(MODULE2PACKAGE), hub.get_config, hub.get_model]
+    found += [utils.load]
     return found, list(sys.meta_path)
 
-patches = let_cpus_take_part, repair_config_bases, serve_config_bases, check_data
-patches += serve_mmengines_hub, serve_mmpretrains_hub
+patches = let_cpus_take_part, repair_config_bases, serve_config_bases, read_metafiles_once
+patches += check_data, serve_mmengines_hub, serve_mmpretrains_hub
 for patch in patches:
     patch()
 before = state()
