@@ -184,6 +184,9 @@ def experiment(request) -> Iterator[SimpleNamespace]:
     for augment in model_cfg.get('data_preprocessor', {}).get('batch_augments') or ():
         if augment.type == 'BatchFixedSizePad':
             augment.size = (96, 128)
+    # Untrained, it proposes a thousand regions and finds a hundred masks in each image.
+    if 'rpn' in (test_cfg := model_cfg.get('test_cfg') or {}):
+        test_cfg.rpn.max_per_img, test_cfg.rcnn.max_per_img = 100, 10
     # What else small images need: fewer queries than places, and sides that halve thrice.
     if request.param.stem.startswith('dino'):
         model_cfg.num_queries = 20
