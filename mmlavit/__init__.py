@@ -28,6 +28,7 @@ _OF_MMENGINE = {
     'SafeCheckpointHook': 'engine.hooks.safe_checkpoint',
     'StepSeedHook': 'engine.hooks.step_seed',
     'LaViTOptimWrapperConstructor': 'engine.optim',
+    'BFloat16OptimWrapper': 'engine.bfloat16',
     'DSB2018Metric': 'evaluation.dsb2018',
     'ResumableFSDPStrategy': 'engine.fsdp',
     'wrap_lavit_blocks': 'engine.fsdp_policy',

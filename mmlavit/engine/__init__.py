@@ -19,6 +19,7 @@ def register_all() -> bool:
 
     import_module('.hooks', __name__)
     import_module('.optim', __name__)
+    import_module('.bfloat16', __name__)
     import_module('.checkpoint_file', __name__).register_safetensors()
     import_module('.training_checks', __name__).check_training()
     import_module('..evaluation.dsb2018', __name__)
