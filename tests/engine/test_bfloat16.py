@@ -1,4 +1,4 @@
-"""Training under autocast to bfloat16: a step against one by hand, and trainings of each toolbox."""
+"""Training under autocast to bfloat16: a step against one by hand, and in each toolbox."""
 
 from __future__ import annotations
 
