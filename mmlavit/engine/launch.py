@@ -61,7 +61,7 @@ def read_scope(config: Path) -> str:
         config: Path of the config.
 
     Returns:
-        A key of :data:`~mmlavit.engine.launch.PACKAGES`.
+        ``'mmdet'``, ``'mmseg'``, ``'mmpretrain'`` or ``'mmrotate'``.
 
     Raises:
         LaunchError: If the file is missing or unreadable, or says no scope that we know.

@@ -66,6 +66,10 @@ def test_trains_and_evaluates(folder):
         'default_hooks.logger.interval=1',
         'log_processor.window_size=1',
         'optim_wrapper.optimizer.lr=1e-3',
+        # Most of its time goes to a thousand regions an image.
+        'model.train_cfg.rpn_proposal.max_per_img=100',
+        'model.train_cfg.rcnn.sampler.num=64',
+        'model.test_cfg.rpn.max_per_img=100',
         'param_scheduler.0.end=5',
     ]
     for split in ('train', 'val', 'test'):
