@@ -152,6 +152,7 @@ assert ours == {
     (
         'optimizer wrapper constructor', 'mmengine', 'LaViTOptimWrapperConstructor'
     ): mmlavit.LaViTOptimWrapperConstructor,
+    ('optim_wrapper', 'mmengine', 'BFloat16OptimWrapper'): mmlavit.BFloat16OptimWrapper,
     ('function', 'mmengine', 'wrap_lavit_blocks'): mmlavit.wrap_lavit_blocks,
     ('metric', 'mmengine', 'DSB2018Metric'): mmlavit.DSB2018Metric,
 }, ours
