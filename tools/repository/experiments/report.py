@@ -250,7 +250,12 @@ def draw(experiment: Experiment, results: list[dict[str, Any]], out: Path) -> Pa
             panel.axhline(TASKS[task].chance, color='grey', linestyle=':', label='chance')
         panel.set(title=TASKS[task].title, xlabel='iteration', ylabel=f'{TASKS[task].metric}, %')
         panel.grid(alpha=0.3)
-    panels[0][0].legend(fontsize=7)
+    # Below the panels: inside, it lies on a curve.
+    shown: dict[str, Any] = {}
+    for panel in panels[0]:
+        lines, names = panel.get_legend_handles_labels()
+        shown = {**dict(zip(names, lines, strict=True)), **shown}
+    figure.legend(shown.values(), shown, loc='outside lower center', ncols=len(shown), fontsize=9)
     out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(out, dpi=100)
     plt.close(figure)
