@@ -232,29 +232,29 @@ def draw(experiment: Experiment, results: list[dict[str, Any]], out: Path) -> Pa
         1, len(tasks), figsize=(3.6 * len(tasks), 3.6), layout='constrained', squeeze=False
     )
     for panel, task in zip(panels[0], tasks, strict=True):
-        for variant in experiment.variants:
+        for number, variant in enumerate(experiment.variants):
             curves = [r['curve'] for r in _of(results, task, variant)]
             if not curves:
                 continue
             steps = [int(step) for step in curves[0]]
             points = list(zip(*(curve.values() for curve in curves), strict=True))
-            (line,) = panel.plot(
-                steps, list(map(statistics.mean, points)), 'o-', label=VARIANTS[variant].title
-            )
+            # One colour a variant, also where another has no results.
+            title, colour = VARIANTS[variant].title, f'C{number}'
+            panel.plot(steps, list(map(statistics.mean, points)), 'o-', label=title, color=colour)
             panel.fill_between(
-                *(steps, list(map(min, points)), list(map(max, points))),
-                color=line.get_color(),
-                alpha=0.2,
+                steps, list(map(min, points)), list(map(max, points)), color=colour, alpha=0.2
             )
         if TASKS[task].chance is not None:
             panel.axhline(TASKS[task].chance, color='grey', linestyle=':', label='chance')
         panel.set(title=TASKS[task].title, xlabel='iteration', ylabel=f'{TASKS[task].metric}, %')
         panel.grid(alpha=0.3)
     # Below the panels: inside, it lies on a curve.
-    shown: dict[str, Any] = {}
+    found: dict[str, Any] = {}
     for panel in panels[0]:
         lines, names = panel.get_legend_handles_labels()
-        shown = {**dict(zip(names, lines, strict=True)), **shown}
+        found.update(zip(names, lines, strict=True))
+    order = [*(VARIANTS[variant].title for variant in experiment.variants), 'chance']
+    shown = {name: found[name] for name in order if name in found}
     figure.legend(shown.values(), shown, loc='outside lower center', ncols=len(shown), fontsize=9)
     out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(out, dpi=100)
