@@ -26,7 +26,8 @@ class BFloat16OptimWrapper(OptimWrapper):
     training may go on under the one or the other. Validation and tests are in float32.
 
     What autocast leaves to a model holds here too: an operator that takes no bfloat16 raises. On a
-    CPU that is mmcv's RoIAlign, and so two-stage detectors.
+    CPU that is mmcv's RoIAlign, and so two-stage detectors. It was tried on CPUs alone: there was
+    no GPU.
 
     Args:
         kwargs: As of :class:`mmengine.optim.OptimWrapper`: ``optimizer``, ``accumulative_counts``,

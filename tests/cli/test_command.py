@@ -84,7 +84,14 @@ def test_version(call):
 
 
 @pytest.mark.parametrize('unbuffered', ['', '1'])
-@pytest.mark.parametrize('args', [['configs'], ['train', '--help']])
+@pytest.mark.parametrize(
+    'args',
+    [
+        ['configs'],
+        pytest.param(['tool', '--help'], marks=pytest.mark.slow),
+        ['train', '--help'],
+    ],
+)
 def test_ends_without_a_word_where_nobody_reads(args, unbuffered, tmp_path):
     """As in ``mmlavit configs | head -1``, with the status of a program that SIGPIPE ends."""
     read, write = os.pipe()

@@ -459,9 +459,11 @@ def test_the_command_refuses_in_one_line(training, tmp_path):
     empty.touch()
     for args, words in (
         ((training.file, 'out'), '--ema'),
+        ((empty, 'out'), 'empty.pth is empty'),
         ((tmp_path / 'no.pth', 'out'), 'no.pth can not be found'),
         ((training.file, empty, '--ema'), 'empty.pth'),
         ((training.file, 'out', '--ema', '--log', empty), 'empty.pth is no log'),
+        ((training.file, 'out', '--ema', '--log', 'no.json'), 'cannot read no.json'),
         ((training.file, 'out', '--ema', '--test-log', training.log), 'no result of a test'),
         ((training.file, 'out', '--ema', '--command', f'cd {tmp_path}'), 'command'),
         ((training.file, 'out', '--ema', '--name', f'by-{USER}'), f'--public {USER}'),
@@ -472,8 +474,9 @@ def test_the_command_refuses_in_one_line(training, tmp_path):
     publish(training.file, 'out', '--ema', cwd=tmp_path)
     line = refused(training.file, 'out', '--ema', '--data', 'other', cwd=tmp_path)
     assert '.md is there already' in line
-    result = run_tool('publish_model.py', 'a', 'b', '--metric', 'a=b', cwd=tmp_path)
-    assert result.returncode == 2 and 'NAME=NUMBER' in result.stderr
+    for text in ('1', 'a=b', '=1'):
+        result = run_tool('publish_model.py', 'a', 'b', '--metric', text, cwd=tmp_path)
+        assert result.returncode == 2 and 'NAME=NUMBER' in result.stderr
 
 
 @pytest.mark.slow

@@ -159,6 +159,8 @@ def models_of(cfg: Config):
 
 # Heads that take long on a CPU, with small images too; and models that another config has as well.
 LONG = re.compile('cascade-mask-rcnn|mask2former|maskrcnn_lavit_._(scratch|3x|amp|cp|lsj)')
+# One of each toolbox.
+QUICK = ('lavit_t_imagenet', 'maskrcnn_lavit_t_coco', 'semfpn_lavit_t_ade20k')
 
 
 @pytest.fixture(
@@ -510,13 +512,13 @@ def test_learns_with_its_hooks(experiment):
 @pytest.mark.parametrize(
     'experiment',
     [
-        pytest.param(CONFIGS / f'{name}.py', id=name)
-        for name in ('lavit_t_imagenet', 'maskrcnn_lavit_t_coco', 'semfpn_lavit_t_ade20k')
+        pytest.param(file, id=file.stem, marks=[] if file.stem in QUICK else [pytest.mark.slow])
+        for file in FILES
     ],
     indirect=True,
 )
 def test_one_option_switches_the_diagonality_loss_on(experiment):
-    """In each toolbox; the hook is the first of every config."""
+    """The hook is the first of every config."""
     cfg = copy.deepcopy(experiment.cfg)
     cfg.merge_from_dict({'custom_hooks.0.loss_weight': 0.1})
     hook = HOOKS.build(cfg.custom_hooks[0])

@@ -15,7 +15,7 @@ PAGE = (ROOT / 'docs' / 'oriented_boxes.md').read_text(encoding='utf-8')
 SMALL = [
     *('model.backbone.arch=nano', 'model.neck.in_channels=[32,64,160,320]'),
     *('train_cfg.max_epochs=2', 'train_cfg.val_interval=2', 'default_hooks.logger.interval=1'),
-    *('train_dataloader.dataset.pipeline.3.scale=(128,128)',),
+    'train_dataloader.dataset.pipeline.3.scale=(128,128)',
     *(f'{split}_dataloader.dataset.pipeline.1.scale=(128,128)' for split in ('val', 'test')),
     *(f'{split}_dataloader.num_workers=0' for split in ('train', 'val', 'test')),
     *(f'{split}_dataloader.persistent_workers=False' for split in ('train', 'val', 'test')),

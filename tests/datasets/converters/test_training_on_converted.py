@@ -51,8 +51,8 @@ CASES = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize('config', CASES)
-def test_converts_and_trains(config: str, tmp_path: Path) -> None:
-    """Without an option that names a folder; validated on the images for tests, as configs say."""
+def test_converts_trains_and_tests(config: str, tmp_path: Path) -> None:
+    """Without an option that names a folder."""
     name, make, options, metrics = CASES[config]
     make(tmp_path / 'download')
     converter = f'dataset_converters/{name}.py'
@@ -73,6 +73,12 @@ def test_converts_and_trains(config: str, tmp_path: Path) -> None:
     assert losses and np.isfinite(losses).all()
     (validation,) = [line for line in log if metrics[0] in line]
     assert all(name in validation for name in metrics)
+
+    checkpoint = tmp_path / 'run' / ('iter_2.pth' if by_iteration else 'epoch_2.pth')
+    options = [option for option in options if 'param_scheduler' not in option]
+    ran = run_tool('test.py', file, checkpoint, '--cfg-options', *options, cwd=tmp_path)
+    assert_ran(ran)
+    assert all(name in ran.stdout for name in metrics)
 
 
 def test_crops_hold_no_nucleus_without_a_pixel() -> None:

@@ -187,11 +187,10 @@ def _train_all(
                 try:
                     result = receiver.recv()
                 except EOFError:
-                    process.join()
-                    result = f'ended with status {process.exitcode}'
-                del running[receiver]
+                    result = None
                 process.join()
-                yield training, result
+                del running[receiver]
+                yield training, result or f'ended with status {process.exitcode}'
     finally:
         for _, process in running.values():
             process.kill()
