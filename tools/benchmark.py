@@ -91,7 +91,7 @@ def parse_args() -> tuple[argparse.Namespace, list[Settings]]:
         choices=('own', 'ours', 'both'),
         default='own',
         help="linear layers of peers: PyTorch's own route, LaViT's (oneDNN), or both beside each "
-        'other; they differ in eager fp32 on a CPU alone, and elsewhere all take one',
+        'other; they differ in eager fp32 and bf16 on a CPU, and elsewhere all take one',
     )
     add('--rounds', type=positive, default=7, help='rounds of each comparison')
     add('--no-memory', action='store_true', help='do not measure memory')
@@ -115,8 +115,8 @@ def parse_args() -> tuple[argparse.Namespace, list[Settings]]:
         parser.error('argument --suites: onnxruntime is measured on a CPU alone')
     if args.linear != 'own' and not any(map(routes_differ, settings)):
         parser.error(
-            f'argument --linear: {args.linear} makes no difference here; it does in eager fp32 on '
-            'a CPU, where PyTorch has oneDNN'
+            f'argument --linear: {args.linear} makes no difference here; it does in eager fp32 '
+            'and bf16 on a CPU, where PyTorch has oneDNN'
         )
     return args, settings
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..models.windows import WindowGrid
-from .linear import linear
+from .linear import linear, linear_gelu
 from .pieces import Slab, cut_into_slabs, fill_padded, merge_and_crop, pad_and_partition
 from .plain import are_plain, is_unwatched_inference
 from .scores import scaled_product, two_sided_linear
@@ -102,8 +102,7 @@ def _attention(
 
 
 def _mlp(mlp: MLP, x: Tensor) -> Tensor:
-    # In place: a second tensor of this size would come fresh from the system.
-    return _linear(mlp.fc2, torch.ops.aten.gelu_(_linear(mlp.fc1, x)))
+    return _linear(mlp.fc2, linear_gelu(x, mlp.fc1.weight, mlp.fc1.bias))
 
 
 def _linear(layer: nn.Linear, x: Tensor) -> Tensor:

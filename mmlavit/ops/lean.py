@@ -148,14 +148,9 @@ class _LinearAfter(torch.autograd.Function):
         with torch.enable_grad(), ctx.autocast.again():
             x = ctx.function(*inputs)
         wanted = any(of_inputs), of_weight, of_bias
-        dtype = grad.dtype
         of_x, grad_weight, grad_bias = linear_backward(
-            grad, x.detach().to(dtype), weight.to(dtype), wanted
+            grad, x.detach().to(grad.dtype), weight, wanted
         )
-        if grad_weight is not None:
-            grad_weight = grad_weight.to(weight.dtype)
-        if grad_bias is not None:
-            grad_bias = grad_bias.to(bias.dtype)
         of_x = None if of_x is None else of_x.to(x.dtype)
         return None, None, grad_weight, grad_bias, *gradients(x, inputs, of_inputs, of_x)
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .mode import is_dispatched, is_traced, is_transformed
-from .recompute import autocasts, gradients
+from .recompute import autocast_dtype, autocasts, gradients
 
 # Inductor's own, and so not documented, but there since torch 2.0. It knows no gradients.
 _onednn_linear: Any = None
@@ -25,7 +25,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
     PyTorch sends float32 products on a CPU to MKL, which keeps half of the vector width of an AMD
     processor idle. oneDNN does not: 200 and 440 GFLOP/s on two Zen 5 cores. Where MKL is at its
-    best, oneDNN is on a par for many tokens, and ahead for few.
+    best, oneDNN is on a par for many tokens, and ahead for few. bfloat16 goes to oneDNN anyway, but
+    there PyTorch first writes the bias to each row of the output, and then adds to it.
 
     Args:
         x: Tokens (..., in_features).
@@ -35,11 +36,21 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     Returns:
         Tokens (..., out_features).
     """
-    if not prefers_onednn(x):
+    # PyTorch says which types do not go together, oneDNN only that it cannot.
+    if not prefers_onednn(x) or (weight.dtype != x.dtype and not autocasts(x)):
         return F.linear(x, weight, bias)
-    if not torch.is_grad_enabled():
-        return _onednn_linear(x, weight, bias, 'none', [], None)
-    return _Linear.apply(x, weight, bias)
+    if torch.is_grad_enabled():
+        # What is kept for the backward pass is then as narrow as the product.
+        return _Linear.apply(*_operands(x), weight, bias)
+    return _onednn_linear(*_operands(x, weight, bias), 'none', [], None)
+
+
+def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``GELU(x W^T + b)``; gradients do not come through it. Arguments as of :func:`linear`."""
+    if prefers_onednn(x):
+        return _onednn_linear(*_operands(x, weight, bias), 'gelu', [], 'none')
+    # In place: a second tensor of this size would come fresh from the system.
+    return torch.ops.aten.gelu_(F.linear(x, weight, bias))
 
 
 def prefers_onednn(x: Tensor) -> bool:
@@ -50,12 +61,33 @@ def prefers_onednn(x: Tensor) -> bool:
         and not is_dispatched()
         and type(x) in (Tensor, nn.Parameter)
         and x.device.type == 'cpu'
-        and x.dtype == torch.float32
         and _onednn_linear is not None
         and bool(torch.backends.mkldnn.enabled)
         and not is_transformed()
-        and not autocasts(x)
+        and _has_products(_narrowed_dtype(x))
     )
+
+
+@functools.cache
+def _has_products(dtype: torch.dtype) -> bool:
+    """Whether oneDNN multiplies in a type on this processor, and is the fastest."""
+    if dtype == torch.bfloat16:
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return dtype == torch.float32
+
+
+def _narrowed_dtype(x: Tensor) -> torch.dtype:
+    """The type in which a linear layer of ``x`` is computed."""
+    # Autocast leaves float64 as it is.
+    return autocast_dtype(x) if autocasts(x) and x.dtype != torch.float64 else x.dtype
+
+
+def _operands(x: Tensor, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """``x`` and what it meets, as autocast would hand them to a linear layer."""
+    if not autocasts(x):
+        return x, *tensors
+    dtype = _narrowed_dtype(x)
+    return x.to(dtype), *(t if t is None else t.to(dtype) for t in tensors)
 
 
 class _Linear(torch.autograd.Function):
@@ -72,7 +104,7 @@ class _Linear(torch.autograd.Function):
         x, weight, bias = ctx.saved_tensors
         if torch.is_grad_enabled():
             # Gradients of gradients are wanted, so PyTorch has to see the whole computation.
-            out = F.linear(x, weight, bias)
+            out = F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
             tensors = (x, weight, bias)
             return tuple(gradients(out, tensors, ctx.needs_input_grad, grad, create_graph=True))
         return linear_backward(grad, x, weight, ctx.needs_input_grad)
@@ -85,14 +117,19 @@ def linear_backward(
 
     Args:
         grad: Gradient of its output (..., out_features).
-        x: Its input (..., in_features).
-        weight: Its weight (out_features, in_features).
+        x: Its input (..., in_features), of the same type.
+        weight: Its weight (out_features, in_features); autocast may have narrowed it.
         needed: Which are wanted: of the input, the weight, the bias.
 
     Returns:
-        The gradients of input, weight and bias; None where not wanted.
+        The gradients of input, weight and bias, those of weight and bias in the type of the weight;
+        None where not wanted.
     """
-    if prefers_onednn(x) and _mkl_is_slow() and torch.get_num_threads() > 1:
+    if weight.dtype != grad.dtype:
+        of_x, *others = linear_backward(grad, x, weight.to(grad.dtype), needed)
+        return of_x, *(g if g is None else g.to(weight.dtype) for g in others)
+    is_single = x.dtype == torch.float32
+    if is_single and prefers_onednn(x) and _mkl_is_slow() and torch.get_num_threads() > 1:
         # As those of a 1 x 1 convolution, which PyTorch sends to oneDNN, unless on one thread.
         grad_x, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
             _as_pixels(grad),

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.flop_counter import FlopCounterMode
 
-from mmlavit.ops.linear import linear, prefers_onednn
+from mmlavit.ops.linear import linear, linear_gelu, prefers_onednn
 
 SHAPES = [(1, 5), (7, 3), (2, 3, 4, 6), (1, 1, 1, 9), (2, 24, 24, 32), (5, 2, 16, 16)]
 
@@ -53,11 +53,68 @@ def test_views(view):
     torch.testing.assert_close(linear(x, weight, bias).double(), expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize('dtype', [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize('dtype', [torch.float64, torch.float16])
 def test_other_types_take_pytorchs_route(dtype):
     x, weight, bias = inputs((3, 4), 5, dtype)
-    assert not prefers_onednn(x) and not prefers_onednn(x.half())
+    assert not prefers_onednn(x)
     assert torch.equal(linear(x, weight, bias), F.linear(x, weight, bias))
+    with torch.autocast('cpu', dtype=torch.bfloat16):
+        # Which leaves float64 as it is.
+        assert prefers_onednn(x) == (dtype == torch.float16 and has_bfloat16())
+
+
+@pytest.mark.parametrize('shape', SHAPES, ids=str)
+@pytest.mark.parametrize('biased', [True, False])
+@pytest.mark.parametrize('kind', ['bfloat16', 'autocast', 'autocast of bfloat16'])
+def test_values_and_gradients_in_bfloat16(shape, biased, kind):
+    """As far from float64 as PyTorch's own linear layer is, at most, and of the same types."""
+    wide = inputs(shape, 33, torch.float64)[: 3 if biased else 2]
+    narrow = torch.bfloat16
+    types = [narrow if kind == 'bfloat16' else torch.float32] * len(wide)
+    if kind == 'autocast of bfloat16':
+        types[0] = narrow
+    # What bfloat16 can hold, so that only the computation rounds.
+    wide = [a.detach().to(narrow).double().requires_grad_() for a in wide]
+    given = [a.detach().to(t).requires_grad_() for a, t in zip(wide, types, strict=True)]
+    expected = F.linear(*wide)
+    grad = torch.randn_like(expected).to(narrow)
+    wanted = [expected, *torch.autograd.grad(expected, wide, grad.double())]
+    found = []
+    for function in (linear, F.linear):
+        with torch.autocast('cpu', dtype=narrow, enabled=kind != 'bfloat16'):
+            out = function(*given)
+        found.append([out, *torch.autograd.grad(out, given, grad)])
+    for ours, theirs, exact in zip(*found, wanted, strict=True):
+        assert ours.dtype == theirs.dtype and ours.shape == theirs.shape
+        # Half a unit in the last place, of the largest, on top: the order of a sum is free.
+        slack = exact.abs().max() * 2**-9
+        assert (ours - exact).abs().max() <= (theirs - exact).abs().max() + slack
+    with torch.no_grad(), torch.autocast('cpu', dtype=narrow, enabled=kind != 'bfloat16'):
+        assert torch.equal(linear(*given), found[0][0])
+
+
+@pytest.mark.parametrize('dtype', [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize('shape', SHAPES, ids=str)
+def test_gelu_after_a_linear_layer(shape, dtype):
+    x, weight, bias = (a.detach() for a in inputs(shape, 33, dtype))
+    expected = F.gelu(F.linear(x.double(), weight.double(), bias.double()))
+    got = linear_gelu(x, weight, bias)
+    assert got.dtype == dtype and got.shape == expected.shape
+    eps = torch.finfo(dtype).eps
+    largest = F.linear(x.double(), weight.double(), bias.double()).abs().max()
+    assert (got.double() - expected).abs().max() <= 4 * eps * largest + 1e-6
+
+
+def test_mixed_types_are_refused_as_by_pytorch():
+    x, weight, bias = inputs((3, 4), 5, torch.float32)
+    for function in (linear, F.linear):
+        for recorded in (True, False):
+            with torch.set_grad_enabled(recorded), pytest.raises(RuntimeError, match='dtype|type'):
+                function(x.bfloat16(), weight, bias)
+
+
+def has_bfloat16() -> bool:
+    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 @pytest.mark.skipif(
@@ -79,7 +136,7 @@ def test_the_fast_route_is_taken_where_it_can_be(monkeypatch):
     x = torch.zeros(2, 3)
     assert prefers_onednn(x) == torch.backends.mkldnn.is_available()
     with torch.autocast('cpu', dtype=torch.bfloat16):
-        assert not prefers_onednn(x)
+        assert prefers_onednn(x) == has_bfloat16()
     monkeypatch.setattr('mmlavit.ops.linear._onednn_linear', None)
     assert not prefers_onednn(x)
 

@@ -209,6 +209,10 @@ def operators(work: BackboneWorkload) -> set[str]:
     return {event.name for event in profile.events()}
 
 
+def has_bfloat16() -> bool:
+    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not routes.routes_differ(Settings()), reason='torch without oneDNN')
 class TestLinearLayers:
@@ -263,8 +267,9 @@ class TestLinearLayers:
         ('settings', 'differ'),
         [
             (Settings(), True),
-            (Settings(precision='bf16-amp'), False),
-            (Settings(precision='bf16'), False),
+            (Settings(precision='bf16-amp'), has_bfloat16()),
+            (Settings(precision='bf16'), has_bfloat16()),
+            (Settings(precision='fp16-amp'), False),
             (Settings(compile=True), False),
         ],
         ids=str,
@@ -276,10 +281,11 @@ class TestLinearLayers:
             return
         x = torch.zeros(2, 4, dtype=settings.weights)
         weight = torch.zeros(3, 4, dtype=settings.weights)
+        bias = torch.zeros(3, dtype=settings.weights)
         seen = []
         for function in (F.linear, our_linear):
             with torch.profiler.profile() as profile, torch.no_grad(), settings.autocast():
-                function(x, weight)
+                function(x, weight, bias)
             seen.append({event.name for event in profile.events()})
         assert (seen[0] != seen[1]) == differ
 
@@ -524,6 +530,7 @@ def test_the_command(tmp_path, precisions):
     threads = ['1 thread'] * len(precisions) + ['2 threads'] * len(precisions)
     expected = [[p, 'eager', t] for p, t in zip(precisions * 2, threads, strict=True)]
     assert [c['conditions'].split(', ')[:3] for c in found['comparisons']] == expected
-    # In bfloat16 all take one route.
-    rows = [3 if precision == 'fp32' else 2 for precision in precisions * 2]
+    # Where all take one route, the peer has one row.
+    differ = {p: routes.routes_differ(Settings(precision=p)) for p in precisions}
+    rows = [2 + differ[precision] for precision in precisions * 2]
     assert [len(c['rows']) for c in found['comparisons']] == rows

@@ -2,7 +2,8 @@
 
 PyTorch sends float32 products on a CPU to MKL, LaViT sends its linear layers to oneDNN
 (:mod:`mmlavit.ops.linear`). On an AMD processor MKL uses half of the vector width, so that a peer
-may be slow there for where its products go, not for what it computes. Anybody who cares could send
+may be slow there for where its products go, not for what it computes. bfloat16 goes to oneDNN in
+both, but PyTorch takes another pass over the output for the bias. Anybody who cares could send
 them where ours go; here that is done.
 """
 
@@ -50,8 +51,10 @@ ROUTES: dict[str, Callable[[], AbstractContextManager]] = {
 
 def routes_differ(settings: Settings) -> bool:
     """Whether LaViT's linear layers go another way than PyTorch's own under these settings."""
-    plain = not settings.compile and settings.precision == 'fp32' and settings.device == 'cpu'
-    return plain and prefers_onednn(torch.empty(1, 1))
+    if settings.compile or settings.device != 'cpu':
+        return False
+    with settings.autocast():
+        return prefers_onednn(torch.empty(1, 1, dtype=settings.weights))
 
 
 def has_linear_layers(model: nn.Module) -> bool:
