@@ -249,8 +249,10 @@ def block(
 
     mlp = sub(weights, 'mlp')
     hidden = layer_norm(x, sub(weights, 'norm2'))
-    hidden = F.gelu(F.linear(hidden, mlp['fc1.weight'], mlp['fc1.bias']))
-    return x + F.linear(hidden, mlp['fc2.weight'], mlp['fc2.bias']), scores
+    hidden = F.linear(hidden, mlp['fc1.weight'], mlp['fc1.bias'])
+    if 'dwconv.weight' in mlp:
+        hidden = conv(hidden, sub(mlp, 'dwconv'), padding=1, groups=hidden.shape[-1])
+    return x + F.linear(F.gelu(hidden), mlp['fc2.weight'], mlp['fc2.bias']), scores
 
 
 def lavit_one_image(
@@ -291,7 +293,8 @@ def lavit(
     """The backbone on (B, C, H, W), image by image; any H, W >= 1.
 
     Returns (B, D_m, H_m, W_m) for each stage m with `norm{m}.weight`; depths, the kind of each
-    block and a stem are read from the names in `state_dict`, overlaps from the kernels.
+    block, a stem and convolutions in MLPs are read from the names in `state_dict`, overlaps from
+    the kernels.
     """
     per_image = [lavit_one_image(one, state_dict, num_heads, window_sizes) for one in image]
     return [torch.stack(maps) for maps in zip(*per_image, strict=True)]
@@ -391,6 +394,11 @@ def lavit_whole_image(image: Tensor, state_dict: Weights, num_heads: Sequence[in
             x = x + z
 
             hidden = whole_norm(x, sub(w, 'norm2')) @ w['mlp.fc1.weight'].T + w['mlp.fc1.bias']
+            if 'mlp.dwconv.weight' in w:
+                kernel, bias = w['mlp.dwconv.weight'], w['mlp.dwconv.bias']
+                maps = hidden.mT.unflatten(-1, grid)
+                hidden = F.conv2d(maps, kernel, bias, padding=1, groups=maps.shape[1])
+                hidden = hidden.flatten(2).mT
             x = x + whole_gelu(hidden) @ w['mlp.fc2.weight'].T + w['mlp.fc2.bias']
 
         if f'norm{m}.weight' in state_dict:

@@ -9,7 +9,7 @@ from typing import TypeGuard
 
 NUM_STAGES = 4
 #: Fields of :class:`Arch` that are no sizes, and that an argument of LaViT may overrule.
-OPTIONS = ('conv_stem', 'overlap_downsample')
+OPTIONS = ('conv_stem', 'overlap_downsample', 'mix_ffn')
 
 
 def is_int(value: object) -> TypeGuard[int]:
@@ -98,6 +98,7 @@ class Arch:
         conv_stem: What ``LaViT(conv_stem=None)`` means. Defaults to False, the paper's.
         overlap_downsample: What ``LaViT(overlap_downsample=None)`` means. Defaults to False, the
             paper's.
+        mix_ffn: What ``LaViT(mix_ffn=None)`` means. Defaults to False, the paper's.
 
     Raises:
         TypeError: If a field is not a sequence of numbers, or an option not a bool.
@@ -111,6 +112,7 @@ class Arch:
     mlp_ratios: tuple[float, ...]
     conv_stem: bool = False
     overlap_downsample: bool = False
+    mix_ffn: bool = False
 
     def __post_init__(self) -> None:
         for name in ('embed_dims', 'num_heads', 'depths', 'vanilla_depths'):
@@ -193,6 +195,7 @@ ARCHS: dict[str, Arch] = {
         vanilla_depths=(1, 1, 1, 1),
         mlp_ratios=(4, 4, 4, 4),
         conv_stem=True,
+        mix_ffn=True,
     ),
     'tiny': Arch(
         embed_dims=(48, 96, 240, 480),

@@ -108,6 +108,7 @@ class Block(nn.Module):
         attn: :class:`~mmlavit.models.attention.VanillaAttention` or
             :class:`~mmlavit.models.attention.LessAttention`.
         mlp_ratio: Hidden channels of the MLP over ``embed_dims``.
+        mix_ffn: Ours: whether the MLP holds a convolution.
         drop_rate: Dropout in the MLP.
         drop_path_rate: Probability of dropping a branch.
     """
@@ -117,6 +118,7 @@ class Block(nn.Module):
         embed_dims: int,
         attn: VanillaAttention | LessAttention,
         mlp_ratio: float,
+        mix_ffn: bool = False,
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
     ) -> None:
@@ -125,7 +127,7 @@ class Block(nn.Module):
         self.norm1 = nn.LayerNorm(embed_dims, eps=1e-6)
         self.attn = attn
         self.norm2 = nn.LayerNorm(embed_dims, eps=1e-6)
-        self.mlp = MLP(embed_dims, int(embed_dims * mlp_ratio), drop_rate)
+        self.mlp = MLP(embed_dims, int(embed_dims * mlp_ratio), mix_ffn, drop_rate)
         self.drop_path = DropPath(drop_path_rate)
 
     @ops.lean

@@ -109,6 +109,9 @@ class LaViT(BaseModule):
             None: what ``arch`` says, which is True for ``'nano'`` and False for all others.
         overlap_downsample: Ours, not the paper's: 3 x 3 convolutions of stride 2 in place of 2 x 2
             between stages. Defaults to None: what ``arch`` says, which is False for all.
+        mix_ffn: Ours, not the paper's: a 3 x 3 depthwise convolution inside each MLP, as in
+            SegFormer's Mix-FFN and PVTv2 (:class:`~mmlavit.models.mlp.MLP`). Defaults to None: what
+            ``arch`` says, which is True for ``'nano'`` and False for all others.
         drop_rate: Dropout after the projections and in the MLPs. Defaults to 0.
         attn_drop_rate: Dropout on the attention after the softmax. Defaults to 0.
         drop_path_rate: Stochastic depth of the last layer; it grows linearly from 0.
@@ -144,6 +147,7 @@ class LaViT(BaseModule):
         out_indices: int | Sequence[int] = (0, 1, 2, 3),
         conv_stem: bool | None = None,
         overlap_downsample: bool | None = None,
+        mix_ffn: bool | None = None,
         drop_rate: float = 0.0,
         attn_drop_rate: float = 0.0,
         drop_path_rate: float = 0.1,
@@ -167,6 +171,7 @@ class LaViT(BaseModule):
         self.frozen_stages = as_int('frozen_stages', frozen_stages, -1, NUM_STAGES)
         self.conv_stem = _check_option('conv_stem', conv_stem, arch)
         self.overlap_downsample = _check_option('overlap_downsample', overlap_downsample, arch)
+        self.mix_ffn = _check_option('mix_ffn', mix_ffn, arch)
         drop_rate = _check_rate('drop_rate', drop_rate)
         attn_drop_rate = _check_rate('attn_drop_rate', attn_drop_rate)
         drop_path_rate = _check_rate('drop_path_rate', drop_path_rate)
@@ -197,7 +202,12 @@ class LaViT(BaseModule):
                         *(dims, heads, window, qkv_bias, attn_drop_rate, drop_rate),
                         fused=fused_attention,
                     )
-                blocks.append(Block(dims, attn, arch.mlp_ratios[m], drop_rate, next(drop_paths)))
+                blocks.append(
+                    Block(
+                        *(dims, attn, arch.mlp_ratios[m], self.mix_ffn),
+                        *(drop_rate, next(drop_paths)),
+                    )
+                )
             downsample = residual = None
             if m > 0:
                 downsample = PatchEmbed(
@@ -386,7 +396,7 @@ class LaViT(BaseModule):
         is_ours = not prefix or any(name.rpartition('.')[0] in modules for name in weights)
         if is_ours and not are_flattened(weights):
             check_arch(weights, self.arch, len(self.stages), self.in_channels)
-            check_options(weights, self.conv_stem, self.overlap_downsample)
+            check_options(weights, self.conv_stem, self.overlap_downsample, self.mix_ffn)
             theirs = windows_of(weights)
             changes = [
                 f'{theirs[m]} to {window} in stage {m + 1}'

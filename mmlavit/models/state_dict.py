@@ -16,6 +16,8 @@ from .arch import ARCHS, Arch
 _BLOCK = re.compile(r'stages\.(\d+)\.blocks\.(\d+)\.(.+)')
 _RESIDUAL = re.compile(r'stages\.(\d+)\.attention_residual\.pwconv\.weight')
 _DOWNSAMPLE = re.compile(r'stages\.\d+\.downsample\.proj\.weight')
+_MLP = re.compile(r'stages\.\d+\.blocks\.\d+\.mlp\.fc1\.weight')
+_MLP_CONV = re.compile(r'stages\.\d+\.blocks\.\d+\.mlp\.dwconv\.weight')
 _PATCHES = 'patch_embed.proj.weight'
 _STAGES = re.compile(r'stages\.\d+\.(blocks|downsample|attention_residual)\.')
 _OURS = re.compile(r'(patch_embed|stages|norm[0-3])\.')
@@ -141,13 +143,16 @@ def check_arch(
         )
 
 
-def check_options(weights: Mapping[str, Tensor], conv_stem: bool, overlap_downsample: bool) -> None:
-    """Refuse the weights of a LaViT with another stem or another downsampling.
+def check_options(
+    weights: Mapping[str, Tensor], conv_stem: bool, overlap_downsample: bool, mix_ffn: bool
+) -> None:
+    """Refuse the weights of a LaViT with another stem, other downsampling or other MLPs.
 
     Args:
         weights: The checkpoint's weights under LaViT's own names.
         conv_stem: Whether the model has the convolutional stem.
         overlap_downsample: Whether its downsampling overlaps.
+        mix_ffn: Whether its MLPs hold a convolution.
 
     Raises:
         ValueError: If an option differs. The message says how to set it.
@@ -165,6 +170,14 @@ def check_options(weights: Mapping[str, Tensor], conv_stem: bool, overlap_downsa
             f'the checkpoint was saved with overlap_downsample={not overlap_downsample}, the model '
             f'has overlap_downsample={overlap_downsample}; give the model '
             f'overlap_downsample={not overlap_downsample}, or load another checkpoint'
+        )
+    has_convs = any(map(_MLP_CONV.fullmatch, weights))
+    has_mlps = any(map(_MLP.fullmatch, weights))
+    if (has_convs or has_mlps) and has_convs != mix_ffn:
+        raise ValueError(
+            f'the checkpoint was saved with mix_ffn={has_convs}, the model has mix_ffn={mix_ffn} '
+            f'(older checkpoints of nano have none); give the model mix_ffn={has_convs}, or load '
+            'another checkpoint'
         )
 
 

@@ -71,13 +71,18 @@ def _layer(
     branch = block.pos_conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
     # Under autocast the branch is narrower than the stream, which must stay wide.
     x = branch.add_(x) if branch.dtype == x.dtype else x + branch
+    # A convolution in the MLP looks from slab to slab.
+    mixes = block.mlp.dwconv is not None
     kept = []
     for slab, part in zip(slabs, given, strict=True):
         tokens = slab.of(x)
         z, scores = _attention(block.attn, block.norm1(tokens), slab.grid, part)
         tokens += z
-        tokens += _mlp(block.mlp, block.norm2(tokens))
+        if not mixes:
+            tokens += _mlp(block.mlp, block.norm2(tokens))
         kept.append(scores)
+    if mixes:
+        x += block.mlp(block.norm2(x))
     return x, kept
 
 

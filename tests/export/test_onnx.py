@@ -21,7 +21,7 @@ TWO_STAGES = dict(
     arch={**ARCH, 'depths': (2, 1, 1, 1), 'vanilla_depths': (1, 1, 1, 1)}, out_indices=(0, 1)
 )
 
-OPTIONS = dict(conv_stem=True, overlap_downsample=True)
+OPTIONS = dict(conv_stem=True, overlap_downsample=True, mix_ffn=True)
 
 
 class Tiny(nn.Module):
@@ -212,7 +212,7 @@ def test_torch_export_of_many_sizes(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @needs_exporter
-def test_a_stem_and_overlapping_patches_at_other_sizes(tmp_path: Path) -> None:
+def test_the_options_at_other_sizes(tmp_path: Path) -> None:
     from mmlavit.export.onnx import export_onnx
 
     model = small_lavit(**TWO_STAGES, **OPTIONS, window_sizes=(4, 4, 4, 4))

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from mmlavit import LaViT
 from mmlavit.models.block import ConvStem, PatchEmbed
+from mmlavit.models.mlp import MLP
 from mmlavit.models.windows import WindowGrid
 from mmlavit.ops import inference
 from mmlavit.ops.pieces import Slab, cut_into_slabs
@@ -48,6 +49,7 @@ class Case:
     in_channels: int
     conv_stem: bool
     overlap_downsample: bool
+    mix_ffn: bool
     qkv_bias: bool
     frozen_stages: int
     with_cp: bool
@@ -77,6 +79,7 @@ class Case:
                 self.out_indices,
                 self.conv_stem,
                 self.overlap_downsample,
+                self.mix_ffn,
                 drop_path_rate=0.0,
                 qkv_bias=self.qkv_bias,
                 frozen_stages=self.frozen_stages,
@@ -117,7 +120,7 @@ class Case:
         windows = self.window_sizes
         kinds = [self.precision, self.layout, self.grad]
         kinds += ['train' if self.training else 'eval']
-        flags = ('with_cp', 'channels_last_model', 'conv_stem', 'overlap_downsample')
+        flags = ('with_cp', 'channels_last_model', 'conv_stem', 'overlap_downsample', 'mix_ffn')
         kinds += [name for name in flags if getattr(self, name)]
         kinds += ['frozen'] if self.frozen_stages >= 0 else []
         kinds += ['no qkv_bias'] if not self.qkv_bias else []
@@ -191,6 +194,7 @@ def cases(draw: st.DrawFn) -> Case:
         in_channels=draw(st.integers(1, 5)),
         conv_stem=draw(st.booleans()),
         overlap_downsample=draw(st.booleans()),
+        mix_ffn=draw(st.booleans()),
         qkv_bias=draw(st.booleans()),
         frozen_stages=draw(st.sampled_from([-1, -1, -1, 0, 1, 2, 3, 4])),
         with_cp=draw(st.booleans()),
@@ -367,7 +371,7 @@ def test_five_hundred_cases_are_the_reference():
     wanted += ['weights', 'weights and images', 'with_cp', 'channels_last_model', 'frozen', 'batch']
     wanted += ['no qkv_bias', 'less attention', 'two vanilla', 'ratio 1', 'ratio 2', 'ratio 3']
     wanted += ['odd window', 'padded', 'whole windows', 'slabs', 'one slab']
-    wanted += ['conv_stem', 'overlap_downsample']
+    wanted += ['conv_stem', 'overlap_downsample', 'mix_ffn']
     assert not [kind for kind in wanted if not counts[kind]], counts
 
 
@@ -405,6 +409,16 @@ def overlap_below_and_right(embed: PatchEmbed, x: Tensor) -> Tensor:
     return original_embed(embed, x.roll((-1, -1), (1, 2)) if overlaps else x)
 
 
+def mlp_slab_by_slab(mlp: MLP, x: Tensor) -> Tensor:
+    """As if the convolution did not look beyond the upper half of the map."""
+    half = x.shape[1] // 2
+    parts = [x[:, :half], x[:, half:]] if half else [x]
+    return torch.cat([original_mlp(mlp, part) for part in parts], dim=1)
+
+
+original_mlp = MLP.forward
+
+
 def stem_without_gelu(stem: ConvStem, x: Tensor) -> Tensor:
     return stem.conv2(stem.conv1(x))
 
@@ -421,6 +435,7 @@ FAULTS = {
     'every slab the first one': ('inference', 'cut_into_slabs', slabs_from_the_top),
     'the residual turned': ('halve_pairs', '_rows_of_keys', rows_for_columns),
     'overlap on the other sides': (PatchEmbed, 'forward', overlap_below_and_right),
+    'the MLP blind to its neighbours': (MLP, 'forward', mlp_slab_by_slab),
     'no GELU in the stem': (ConvStem, 'forward', stem_without_gelu),
 }
 

@@ -24,6 +24,7 @@ from mmlavit.ops import inference
 
 STRIDES = (4, 8, 16, 32)
 STEM, OVERLAP = dict(conv_stem=True), dict(overlap_downsample=True)
+MIX = dict(mix_ffn=True)
 
 
 def assert_maps(ours, theirs, tol):
@@ -72,13 +73,13 @@ def test_other_mixes_of_layers_are_the_reference_too(vanilla_depths):
     'size, out_indices',
     [((1, 1), (0, 1, 2, 3)), ((6, 90), (3,)), ((37, 51), (0, 2)), ((64, 64), (0, 1, 2, 3))],
 )
-@pytest.mark.parametrize('options', [STEM, OVERLAP, STEM | OVERLAP], ids=' and '.join)
-def test_the_stem_and_the_overlap_are_the_references(options, size, out_indices):
+@pytest.mark.parametrize('options', [STEM, OVERLAP, MIX, STEM | OVERLAP | MIX], ids=' and '.join)
+def test_the_options_are_the_references(options, size, out_indices):
     assert_is_the_reference(images(2, 3, *size), out_indices=out_indices, **options)
 
 
 @torch.no_grad()
-@pytest.mark.parametrize('options', [{}, STEM, OVERLAP, STEM | OVERLAP], ids=' and '.join)
+@pytest.mark.parametrize('options', [{}, STEM, OVERLAP, STEM | OVERLAP | MIX], ids=' and '.join)
 def test_windows_over_the_whole_image_are_the_paper_to_the_letter(options):
     """But for the options, which are not the paper's."""
     x = images(2, 3, 64, 64)
@@ -87,7 +88,7 @@ def test_windows_over_the_whole_image_are_the_paper_to_the_letter(options):
     assert_maps(model(x), expected, 1e-10)
 
 
-@pytest.mark.parametrize('options', [{}, STEM | OVERLAP], ids=' and '.join)
+@pytest.mark.parametrize('options', [{}, STEM | OVERLAP | MIX], ids=' and '.join)
 def test_gradients_are_those_of_the_reference(options):
     x = images(1, 3, 40, 24)
     model = sharpen(small_lavit(out_indices=(0, 1), **options), x)
@@ -215,6 +216,7 @@ def test_signature_is_what_users_of_openmmlab_expect():
         out_indices=(0, 1, 2, 3),
         conv_stem=None,
         overlap_downsample=None,
+        mix_ffn=None,
         drop_rate=0.0,
         attn_drop_rate=0.0,
         drop_path_rate=0.1,
@@ -267,17 +269,18 @@ def test_an_arch_by_name_is_the_same_by_dict(name):
     assert by_dict.arch.name == name
 
 
-def kernels(model: LaViT) -> set[tuple[str, int]]:
-    """Sides of the kernels that embed the image and that come between stages."""
-    return {
-        (name.split('.')[0], weight.shape[-1])
-        for name, weight in model.state_dict().items()
-        if name.startswith('patch_embed') and weight.ndim == 4 or 'downsample.proj.weight' in name
-    }
+def kernels(model: LaViT) -> dict[str, set[int]]:
+    """Sides of the kernels that embed the image, that come between stages, and in MLPs."""
+    sides = {'patch_embed': set(), 'downsample': set(), 'mlp': set()}
+    for name, weight in model.state_dict().items():
+        (place,) = [p for p in sides if p in name.split('.')] or [None]
+        if place and weight.ndim == 4:
+            sides[place].add(weight.shape[-1])
+    return sides
 
 
-PAPERS = {('patch_embed', 4), ('stages', 2)}
-WITH_STEM = {('patch_embed', 3), ('stages', 2)}
+PAPERS = dict(patch_embed={4}, downsample={2}, mlp=set())
+WITH_STEM = PAPERS | dict(patch_embed={3})
 
 
 @pytest.mark.parametrize(
@@ -287,12 +290,14 @@ WITH_STEM = {('patch_embed', 3), ('stages', 2)}
         ('small', {}, PAPERS),
         ('base', {}, PAPERS),
         (ARCH, {}, PAPERS),
-        ('nano', {}, WITH_STEM),
-        ('nano', dict(conv_stem=False), PAPERS),
+        ('nano', {}, WITH_STEM | dict(mlp={3})),
+        ('nano', dict(conv_stem=False, mix_ffn=False), PAPERS),
         ('tiny', STEM, WITH_STEM),
-        ('tiny', OVERLAP, {('patch_embed', 4), ('stages', 3)}),
-        ('tiny', STEM | OVERLAP, {('patch_embed', 3), ('stages', 3)}),
+        ('tiny', OVERLAP, PAPERS | dict(downsample={3})),
+        ('tiny', MIX, PAPERS | dict(mlp={3})),
+        ('tiny', STEM | OVERLAP, WITH_STEM | dict(downsample={3})),
         ({**ARCH, **STEM}, {}, WITH_STEM),
+        ({**ARCH, **MIX}, {}, PAPERS | dict(mlp={3})),
         ({**ARCH, **STEM, **OVERLAP}, dict(overlap_downsample=False), WITH_STEM),
     ],
 )

@@ -499,7 +499,7 @@ def test_strict_loading_of_more_stages_is_as_strict_as_ever():
 # ---- Another stem, another downsampling ----------------------------------------------------------
 
 
-@pytest.mark.parametrize('option', ['conv_stem', 'overlap_downsample'])
+@pytest.mark.parametrize('option', ['conv_stem', 'overlap_downsample', 'mix_ffn'])
 @pytest.mark.parametrize('ours', [False, True])
 @pytest.mark.parametrize('way', WAYS)
 def test_refuses_the_weights_of_another_option_and_names_it(tmp_path, way, ours, option):
@@ -513,13 +513,18 @@ def test_refuses_the_weights_of_another_option_and_names_it(tmp_path, way, ours,
     assert same(model.backbone.state_dict(), source.backbone.state_dict())
 
 
-def test_weights_of_nano_before_its_stem_load_with_what_the_error_names():
-    """Such have the keys and shapes of a family member without options."""
-    old = LaViT('nano', conv_stem=False).state_dict()
-    assert old['patch_embed.proj.weight'].shape == (32, 3, 4, 4)
+@pytest.mark.parametrize('stem', [False, True])
+def test_weights_of_nano_before_its_options_load_with_what_the_error_names(stem):
+    """The oldest have the keys and shapes of a family member without options, later ones a stem."""
+    old = LaViT('nano', conv_stem=stem, mix_ffn=False).state_dict()
+    assert ('patch_embed.proj.weight' in old) is not stem
+    assert not any('dwconv' in name for name in old if '.mlp.' in name)
     new = LaViT('nano')
-    assert_refuses(lambda: new.load_state_dict(old), new, 'conv_stem=False', 'nano')
-    model = LaViT('nano', conv_stem=False)
+    if not stem:
+        assert_refuses(lambda: new.load_state_dict(old), new, 'conv_stem=False', 'nano')
+        new = LaViT('nano', conv_stem=False)
+    assert_refuses(lambda: new.load_state_dict(old), new, 'mix_ffn=False', 'nano')
+    model = LaViT('nano', conv_stem=stem, mix_ffn=False)
     model.load_state_dict(old)
     assert same(model.state_dict(), old)
 

@@ -393,6 +393,7 @@ TABLE = [
      ['conv_stem', 'True, False or None', "'yes'"]),
     ('overlap_downsample: 1', lavit(overlap_downsample=1), TypeError,
      ['overlap_downsample', 'True, False or None', '1']),
+    ('mix_ffn: zero', lavit(mix_ffn=0), TypeError, ['mix_ffn', 'True, False or None', '0']),
     ('fused_attention: 1', lavit(fused_attention=1), TypeError,
      ['fused_attention', "'auto', True or False", 'got 1']),
     ('fused_attention: text', lavit(fused_attention='yes'), ValueError,
@@ -433,6 +434,8 @@ TABLE = [
      ['saved with conv_stem=True', 'the model has conv_stem=False', 'give the model']),
     ('weights: of overlapping patches', load(weights(overlap_downsample=True)), ValueError,
      ['saved with overlap_downsample=True', 'has overlap_downsample=False', 'give the model']),
+    ('weights: with convolutions in the MLPs', load(weights(mix_ffn=True)), ValueError,
+     ['saved with mix_ffn=True', 'the model has mix_ffn=False', 'give the model mix_ffn=True']),
     ('weights: of another in_channels, with a stem', load(
         weights(in_channels=4, conv_stem=True), conv_stem=True), ValueError,
      ['in_channels=4', 'in_channels=3']),

@@ -177,10 +177,12 @@ class TestModels:
 
     @pytest.mark.parametrize('conv_stem', [False, True])
     @pytest.mark.parametrize('overlap', [False, True])
-    def test_each_option_has_its_entry(self, conv_stem, overlap):
-        name = 'LaViT-S' + ' conv-stem' * conv_stem + ' overlap' * overlap
+    @pytest.mark.parametrize('mix_ffn', [False, True])
+    def test_each_option_has_its_entry(self, conv_stem, overlap, mix_ffn):
+        name = 'LaViT-S' + ' conv-stem' * conv_stem + ' overlap' * overlap + ' mix-ffn' * mix_ffn
         model = build(name)
-        assert (model.conv_stem, model.overlap_downsample) == (conv_stem, overlap)
+        options = model.conv_stem, model.overlap_downsample, model.mix_ffn
+        assert options == (conv_stem, overlap, mix_ffn)
         assert model.arch == Arch.of('small')
 
     @pytest.mark.parametrize('name', ['LaViT-S', 'Swin-T', 'ResNet-50'])

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Iterable
+import itertools
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 
 from torch import Tensor, nn
@@ -17,6 +18,14 @@ from .workload import Task
 
 def _lavit(arch: str, **options: bool) -> Callable[[Task], nn.Module]:
     return lambda task: LaViT(arch, **options)
+
+
+def _options() -> Iterator[tuple[str, dict[str, bool]]]:
+    """What the options of LaViT are called in a name, in each combination."""
+    names = {'conv_stem': ' conv-stem', 'overlap_downsample': ' overlap', 'mix_ffn': ' mix-ffn'}
+    for chosen in itertools.product([False, True], repeat=len(names)):
+        options = {option: True for option, on in zip(names, chosen, strict=True) if on}
+        yield ''.join(names[option] for option in options), options
 
 
 def _all_vanilla(task: Task) -> nn.Module:
@@ -108,9 +117,7 @@ BACKBONES: dict[str, Callable[[Task], nn.Module]] = {
     'MambaOut-T': _mambaout_tiny,
     'LaViT-T': _lavit('tiny'),
     'LaViT-B': _lavit('base'),
-    'LaViT-S conv-stem': _lavit('small', conv_stem=True),
-    'LaViT-S overlap': _lavit('small', overlap_downsample=True),
-    'LaViT-S conv-stem overlap': _lavit('small', conv_stem=True, overlap_downsample=True),
+    **{f'LaViT-S{names}': _lavit('small', **options) for names, options in _options() if options},
 }
 DEFAULT_BACKBONES = tuple(BACKBONES)[:9]
 #: Those that timm ships.
