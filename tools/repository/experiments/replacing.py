@@ -12,7 +12,7 @@ from .tasks import TASKS, build_config
 from .variants import VARIANTS, register_backbones
 
 #: Of which variants.
-COMPARED = ('lavit', 'stem', 'vanilla')
+COMPARED = ('lavit', 'stem-mix', 'vanilla')
 _TASK = 'photo'
 
 

@@ -96,7 +96,8 @@ VARIANTS = {
     ),
     'stem': Variant('LaViT, convolutional stem', _lavit(conv_stem=True)),
     'overlap': Variant('LaViT, overlapping downsampling', _lavit(overlap_downsample=True)),
-    'stem-overlap': Variant('LaViT, both', _lavit(conv_stem=True, overlap_downsample=True)),
+    'mix': Variant('LaViT, Mix-FFN', _lavit(mix_ffn=True)),
+    'stem-mix': Variant('LaViT, stem and Mix-FFN', _lavit(conv_stem=True, mix_ffn=True)),
     'swin': Variant(
         'Swin (windows 4)',
         dict(
@@ -183,7 +184,7 @@ EXPERIMENTS = {
     'less': Experiment('Does less attention cost accuracy?', ('vanilla', 'lavit')),
     'peers': Experiment(
         'How does LaViT do beside a Swin, a PVTv2 and a ResNet of like size?',
-        ('lavit', 'stem', 'swin', 'pvt', 'resnet'),
+        ('lavit', 'stem-mix', 'swin', 'pvt', 'resnet'),
     ),
     'pvt': Experiment(
         'What is it that PVTv2 has?',
@@ -191,8 +192,8 @@ EXPERIMENTS = {
         tasks=('cls', 'det', 'seg', 'match'),
     ),
     'options': Experiment(
-        'What do a convolutional stem and overlapping downsampling buy?',
-        ('lavit', 'stem', 'overlap', 'stem-overlap'),
+        'What do a convolutional stem, overlapping downsampling and a Mix-FFN buy?',
+        ('lavit', 'stem', 'overlap', 'mix', 'stem-mix'),
     ),
     'start': Experiment(
         'How should the position convolution start?',
