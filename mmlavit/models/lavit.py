@@ -222,6 +222,7 @@ class LaViT(BaseModule):
             self.add_module(f'norm{m}', nn.LayerNorm(arch.embed_dims[m], eps=1e-6))
 
         self._reset_parameters()
+        self._made = self._writes()
         self._freeze_stages()
 
     @property
@@ -247,11 +248,18 @@ class LaViT(BaseModule):
     def init_weights(self) -> None:
         """Initial weights by ``init_cfg``, as everywhere in MMEngine.
 
+        Without one they are as they were made or loaded, unless the model around has drawn them by
+        kind of layer: mmpretrain's configs of transformers have every linear layer start at a
+        standard deviation of 0.02, with which attention starts nearly even. They are drawn anew
+        then, as LaViT draws them.
+
         Raises:
             FileNotFoundError: If the checkpoint of ``init_cfg`` does not exist.
             ValueError: If it is none, is damaged, holds anything but weights, holds none under
                 ``prefix``, or is of another arch.
         """
+        if not self.is_init and self._drawn_by_others():
+            self._reset_parameters()
         if not self.is_init and (cfgs := _pretrained(self.init_cfg)):
             from ..engine.checkpoint_file import check_pretrained
 
@@ -263,8 +271,26 @@ class LaViT(BaseModule):
                     cfg['prefix'] = prefix
         super().init_weights()
 
+    def _writes(self) -> dict[str, int]:
+        """How often each weight has been written to, as far as PyTorch counts it."""
+        return {
+            name: 0 if weight.is_inference() else weight._version
+            for name, weight in self.named_parameters()
+        }
+
+    def _drawn_by_others(self) -> bool:
+        """Whether somebody else has drawn weights by kind of layer.
+
+        Whoever does leaves alone what lies in no layer of PyTorch's: Psi, Theta and LayerScale.
+        Loading weights writes to those too, and what was loaded has to stay.
+        """
+        written = {k for k, n in self._writes().items() if n > self._made.get(k, n)}
+        loaded = any(k.endswith(('.psi', '.theta', '.layer_scale')) for k in written)
+        return bool(written) and not loaded
+
     def _reset_parameters(self) -> None:
         """Initial weights; ``Psi``, ``Theta`` and LayerScale set their own."""
+        self._first_projection.reset_parameters()
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 # What reads normalized tokens gives features, and scores, of a standard deviation

@@ -124,3 +124,62 @@ def test_the_start(arch, images, seed):
         len(streams[m]) == len(stage.blocks) + 1 for m, stage in enumerate(model.stages)
     )
     assert set(itertools.chain(*shares.values())) == {'pos_conv', 'attn', 'mlp'}
+
+
+def test_what_stands_around_does_not_change_the_start():
+    """mmpretrain's models of transformers draw every linear layer in them from 0.02."""
+    model = build_classifier()
+    model.init_weights()
+    block = model.backbone.stages[2].blocks[0]
+    for layer in (block.attn.qkv, block.mlp.fc1):
+        assert layer.weight.std().item() * layer.in_features**0.5 == pytest.approx(1, abs=0.05)
+    head = model.head.fc.weight.std().item()
+    assert head == pytest.approx(0.02, rel=0.1), 'what the config asks for the head has to stay'
+
+
+def test_loaded_weights_are_not_drawn_anew():
+    """A backbone that is put into another model after it was loaded, without init_cfg."""
+    source, model = LaViT('nano'), LaViT('nano')
+    model.load_state_dict(source.state_dict())
+    model.init_weights()
+    for name, weight in model.state_dict().items():
+        assert torch.equal(weight, source.state_dict()[name]), name
+
+
+def test_untouched_weights_are_not_drawn_anew():
+    model = LaViT('nano')
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    model.to(torch.float64).float().init_weights()
+    for name, weight in model.state_dict().items():
+        assert torch.equal(weight, before[name]), name
+
+
+def test_pretrained_weights_are_not_drawn_anew(tmp_path):
+    source = LaViT('nano', out_indices=(3,))
+    path = tmp_path / 'nano.pth'
+    torch.save(source.state_dict(), path)
+    model = build_classifier(init_cfg=dict(checkpoint=str(path), prefix=None))
+    model.init_weights()
+    for name, weight in model.backbone.state_dict().items():
+        assert torch.equal(weight, source.state_dict()[name]), name
+
+
+def build_classifier(**backbone: object) -> nn.Module:
+    """A classifier as mmpretrain's configs of Swin make it, with LaViT-nano."""
+    pytest.importorskip('mmpretrain')
+    from mmpretrain.registry import MODELS
+
+    print('seed 0')
+    torch.manual_seed(0)
+    return MODELS.build(
+        dict(
+            type='mmpretrain.ImageClassifier',
+            backbone=dict(type='LaViT', arch='nano', out_indices=(3,), **backbone),
+            neck=dict(type='GlobalAveragePooling'),
+            head=dict(type='LinearClsHead', num_classes=100, in_channels=320, init_cfg=None),
+            init_cfg=[
+                dict(type='TruncNormal', layer='Linear', std=0.02, bias=0.0),
+                dict(type='Constant', layer='LayerNorm', val=1.0, bias=0.0),
+            ],
+        )
+    )

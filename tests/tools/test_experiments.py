@@ -109,6 +109,29 @@ def test_a_position_convolution_from_zero_does_nothing_yet():
     assert all(block.pos_conv.weight.grad.any() for s in start.stages for block in s.blocks)
 
 
+OTHER_STARTS = [
+    *(dict(position=False), dict(mixing=False), dict(attention_residual=False)),
+    *(dict(position_std=0.3), dict(position_scale=0.5, position_std=0.5), dict(linear_std=0.3)),
+    *(dict(query_key_std=0.3), dict(residual_scale=0.7)),
+]
+
+
+@pytest.mark.parametrize('change', OTHER_STARTS, ids=str)
+def test_weights_drawn_anew_start_alike(change):
+    """By what a model around the backbone asks for when a training begins."""
+    torch.manual_seed(0)
+    model = AblatedLaViT(arch=ARCH, **change)
+    before = {name: weight.clone() for name, weight in model.named_parameters()}
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear):
+            torch.nn.init.constant_(module.weight, 9.0)
+    model.init_weights()
+    for name, weight in model.named_parameters():
+        ours, theirs = (w.detach().square().mean().sqrt().item() for w in (weight, before[name]))
+        # Small ones, such as those that mix two heads, come out larger or smaller by chance.
+        assert weight.numel() < 50 or ours == pytest.approx(theirs, rel=0.3, abs=1e-6), name
+
+
 @pytest.mark.parametrize('part', ['attention_residual', 'position', 'mixing'])
 def test_a_switch_is_a_bool(part):
     with pytest.raises(TypeError, match=f'{part} must be True or False, got 0'):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from mmengine.model import BaseModule
 from mmengine.registry import HOOKS, MODELS
 from torch import Tensor, nn
 
@@ -108,6 +109,13 @@ class AblatedLaViT(LaViT):
             if isinstance(value, bool) or not isinstance(value, (int, float, type(None))):
                 raise TypeError(f'{name} must be a number or None, got {value!r}')
         super().__init__(**kwargs)
+        self._options = {
+            **kwargs,
+            **dict(attention_residual=attention_residual, position=position, mixing=mixing),
+            **dict(position_std=position_std, position_scale=position_scale),
+            **dict(linear_std=linear_std, query_key_std=query_key_std),
+            **dict(residual_scale=residual_scale, norm_eps=norm_eps),
+        }
         for stage in self.stages:
             if residual_scale is not None and stage.attention_residual is not None:
                 nn.init.constant_(stage.attention_residual.layer_scale, residual_scale)
@@ -133,7 +141,14 @@ class AblatedLaViT(LaViT):
             for module in self.modules():
                 if isinstance(module, nn.LayerNorm):
                     module.eps = norm_eps
+        self._made = self._writes()
         self._freeze_stages()
+
+    def init_weights(self) -> None:
+        """As LaViT's, which draws anew what the model around has drawn, with the other start."""
+        if not self.is_init and self._drawn_by_others():
+            self.load_state_dict(type(self)(**self._options).state_dict())
+        BaseModule.init_weights(self)
 
 
 def _reused(attn: LessAttention, window: int) -> ReusedAttention:
