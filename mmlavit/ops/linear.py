@@ -126,8 +126,9 @@ def linear_backward(
         None where not wanted.
     """
     if weight.dtype != grad.dtype:
-        of_x, *others = linear_backward(grad, x, weight.to(grad.dtype), needed)
-        return of_x, *(g if g is None else g.to(weight.dtype) for g in others)
+        grads = linear_backward(grad, x, weight.to(grad.dtype), needed)
+        of_weight, of_bias = (g if g is None else g.to(weight.dtype) for g in grads[1:])
+        return grads[0], of_weight, of_bias
     is_single = x.dtype == torch.float32
     if is_single and prefers_onednn(x) and _mkl_is_slow() and torch.get_num_threads() > 1:
         # As those of a 1 x 1 convolution, which PyTorch sends to oneDNN, unless on one thread.
