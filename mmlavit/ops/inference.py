@@ -94,7 +94,7 @@ def _attention(
         (v,) = pad_and_partition(grid, _linear(attn.v, x), 1, heads)
         scores = two_sided_linear(cast(Tensor, given), attn.psi, attn.theta, linear)
         if grid.padded:
-            fill_padded(grid, scores, queries=0.0, keys=0.0)
+            fill_padded(grid, scores, queries=0.0)
     else:
         q, k, v = pad_and_partition(grid, _linear(attn.qkv, x), 3, heads)
         scores = scaled_product(q, k, attn.scale, given)
