@@ -648,7 +648,7 @@ TABLE = [
     ('benchmark settings: threads', lambda folder: Settings(threads=0), ValueError,
      ['threads', 'at least 1', '0']),
     ('benchmark: routes that are one',
-     command('benchmark.py', '--linear', 'both', '--precision', 'bf16'), Refused,
+     command('benchmark.py', '--linear', 'both', '--precision', 'fp16'), Refused,
      ['--linear', 'both', 'eager fp32']),
     ('benchmark task: name', lambda folder: Task('testing', (1, 3, 4, 4)), ValueError,
      ['task', "'testing'", "'training'"]),
