@@ -286,7 +286,8 @@ class LaViT(BaseModule):
         """
         written = {k for k, n in self._writes().items() if n > self._made.get(k, n)}
         loaded = any(k.endswith(('.psi', '.theta', '.layer_scale')) for k in written)
-        return bool(written) and not loaded
+        # A first stage of vanilla layers has none of these.
+        return bool(written) and not loaded and written != set(self._made)
 
     def _reset_parameters(self) -> None:
         """Initial weights; ``Psi``, ``Theta`` and LayerScale set their own."""

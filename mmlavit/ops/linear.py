@@ -122,13 +122,10 @@ def linear_backward(
         needed: Which are wanted: of the input, the weight, the bias.
 
     Returns:
-        The gradients of input, weight and bias, those of weight and bias in the type of the weight;
-        None where not wanted.
+        The gradients of input, weight and bias, in the type of ``grad`` (autograd brings them to
+        that of each); None where not wanted.
     """
-    if weight.dtype != grad.dtype:
-        grads = linear_backward(grad, x, weight.to(grad.dtype), needed)
-        of_weight, of_bias = (g if g is None else g.to(weight.dtype) for g in grads[1:])
-        return grads[0], of_weight, of_bias
+    weight = weight.to(grad.dtype)
     is_single = x.dtype == torch.float32
     if is_single and prefers_onednn(x) and _mkl_is_slow() and torch.get_num_threads() > 1:
         # As those of a 1 x 1 convolution, which PyTorch sends to oneDNN, unless on one thread.

@@ -126,10 +126,14 @@ def test_the_start(arch, images, seed):
     assert set(itertools.chain(*shares.values())) == {'pos_conv', 'attn', 'mlp'}
 
 
-def test_what_stands_around_does_not_change_the_start():
+@pytest.mark.parametrize('layer', ['Linear', ['Conv2d', 'Linear']], ids=str)
+def test_what_stands_around_does_not_change_the_start(layer):
     """mmpretrain's models of transformers draw every linear layer in them from 0.02."""
     model = build_classifier()
+    model.init_cfg[0]['layer'] = layer
     model.init_weights()
+    second = model.backbone.patch_embed.conv2.proj.weight.detach()
+    assert second.mean(dim=(1, 2, 3)).abs().max() < 1e-6 < 0.05 < second.std()
     block = model.backbone.stages[2].blocks[0]
     for layer in (block.attn.qkv, block.mlp.fc1):
         assert layer.weight.std().item() * layer.in_features**0.5 == pytest.approx(1, abs=0.05)
@@ -137,9 +141,14 @@ def test_what_stands_around_does_not_change_the_start():
     assert head == pytest.approx(0.02, rel=0.1), 'what the config asks for the head has to stay'
 
 
-def test_loaded_weights_are_not_drawn_anew():
+@pytest.mark.parametrize('options', [{}, dict(arch='base', out_indices=0), dict(out_indices=0)])
+def test_loaded_weights_are_not_drawn_anew(options):
     """A backbone that is put into another model after it was loaded, without init_cfg."""
-    source, model = LaViT('nano'), LaViT('nano')
+    if options.get('arch') == 'base':
+        # No less attention and no residual: no weight outside a layer of PyTorch's.
+        arch = LaViT('base').arch
+        options = {**options, 'arch': {**vars(arch), 'vanilla_depths': arch.depths}}
+    source, model = (LaViT(**{'arch': 'nano', **options}) for _ in range(2))
     model.load_state_dict(source.state_dict())
     model.init_weights()
     for name, weight in model.state_dict().items():
