@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..models.windows import WindowGrid
+from .convolution import convolution_gelu
 from .linear import linear, linear_gelu
 from .pieces import Slab, cut_into_slabs, fill_padded, merge_and_crop, pad_and_partition
 from .plain import are_plain, is_unwatched_inference
@@ -82,7 +83,7 @@ def _layer(
             tokens += _mlp(block.mlp, block.norm2(tokens))
         kept.append(scores)
     if mixes:
-        x += block.mlp(block.norm2(x))
+        x = _mixing_mlp(block, x, slabs)
     return x, kept
 
 
@@ -108,6 +109,16 @@ def _attention(
 
 def _mlp(mlp: MLP, x: Tensor) -> Tensor:
     return _linear(mlp.fc2, linear_gelu(x, mlp.fc1.weight, mlp.fc1.bias))
+
+
+def _mixing_mlp(block: Block, x: Tensor, slabs: Sequence[Slab]) -> Tensor:
+    # The next slab has to see the tokens of this one as they were.
+    out = x if slabs[0].is_whole(x) else torch.empty_like(x)
+    for slab in slabs:
+        hidden = _linear(block.mlp.fc1, block.norm2(slab.with_neighbours(x)))
+        hidden = slab.without_neighbours(convolution_gelu(hidden, cast(nn.Conv2d, block.mlp.dwconv)))
+        torch.add(slab.of(x), _linear(block.mlp.fc2, hidden), out=slab.of(out))
+    return out
 
 
 def _linear(layer: nn.Linear, x: Tensor) -> Tensor:

@@ -41,14 +41,14 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return F.linear(x, weight, bias)
     if torch.is_grad_enabled():
         # What is kept for the backward pass is then as narrow as the product.
-        return _Linear.apply(*_operands(x), weight, bias)
-    return _onednn_linear(*_operands(x, weight, bias), 'none', [], None)
+        return _Linear.apply(*onednn_operands(x), weight, bias)
+    return _onednn_linear(*onednn_operands(x, weight, bias), 'none', [], None)
 
 
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``GELU(x W^T + b)``; gradients do not come through it. Arguments as of :func:`linear`."""
     if prefers_onednn(x):
-        return _onednn_linear(*_operands(x, weight, bias), 'gelu', [], 'none')
+        return _onednn_linear(*onednn_operands(x, weight, bias), 'gelu', [], 'none')
     # In place: a second tensor of this size would come fresh from the system.
     return torch.ops.aten.gelu_(F.linear(x, weight, bias))
 
@@ -82,7 +82,7 @@ def _narrowed_dtype(x: Tensor) -> torch.dtype:
     return autocast_dtype(x) if autocasts(x) and x.dtype != torch.float64 else x.dtype
 
 
-def _operands(x: Tensor, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+def onednn_operands(x: Tensor, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     """``x`` and what it meets, as autocast would hand them to a linear layer."""
     if not autocasts(x):
         return x, *tensors

@@ -35,6 +35,20 @@ class Slab:
         """The slab's tokens of a batch of maps (B, H, W, C), a view."""
         return x[self.image : self.image + self.images, self.row : self.row + self.grid.height]
 
+    def is_whole(self, x: Tensor) -> bool:
+        """Whether it has all rows of the maps ``x`` (B, H, W, C)."""
+        return self.grid.height == x.shape[1]
+
+    def with_neighbours(self, x: Tensor) -> Tensor:
+        """Its tokens of ``x`` (B, H, W, C), and the row above and below where there is one."""
+        rows = slice(max(self.row - 1, 0), self.row + self.grid.height + 1)
+        return x[self.image : self.image + self.images, rows]
+
+    def without_neighbours(self, x: Tensor) -> Tensor:
+        """The slab's tokens of what :meth:`with_neighbours` has, a view."""
+        first = min(self.row, 1)
+        return x[:, first : first + self.grid.height]
+
 
 def cut_into_slabs(grid: WindowGrid, batch: int, tokens: int) -> list[Slab]:
     """Cut a batch of maps into pieces that share no window.

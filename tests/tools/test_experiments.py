@@ -433,9 +433,9 @@ def test_a_result_says_how_even_attention_is(small_tasks, variant):
     (result,) = study.run([Training('cls', variant, 0, 1e-3)], small_tasks / 'results.jsonl')
     assert ('entropy' in result) == ('scores' in result) == (variant == 'lavit')
     if variant == 'lavit':
-        # Ten steps hardly move scores from their start.
-        assert all(0.9 < e <= 1 for e in result['entropy']) and len(result['entropy']) == 4
-        assert all(0 < s < 1 for s in result['scores']) and len(result['scores']) == 4
+        # Ten steps hardly move scores from their start, a standard deviation near 1.
+        assert all(0.3 < s < 3 for s in result['scores']) and len(result['scores']) == 4
+        assert all(0.5 < e < 0.99 for e in result['entropy']) and len(result['entropy']) == 4
 
 
 @pytest.mark.slow
