@@ -73,17 +73,17 @@ def _layer(
     # Under autocast the branch is narrower than the stream, which must stay wide.
     x = branch.add_(x) if branch.dtype == x.dtype else x + branch
     # A convolution in the MLP looks from slab to slab.
-    mixes = block.mlp.dwconv is not None
+    mixing = block.mlp.dwconv
     kept = []
     for slab, part in zip(slabs, given, strict=True):
         tokens = slab.of(x)
         z, scores = _attention(block.attn, block.norm1(tokens), slab.grid, part)
         tokens += z
-        if not mixes:
+        if mixing is None:
             tokens += _mlp(block.mlp, block.norm2(tokens))
         kept.append(scores)
-    if mixes:
-        x = _mixing_mlp(block, x, slabs)
+    if mixing is not None:
+        x = _mixing_mlp(block, mixing, x, slabs)
     return x, kept
 
 
@@ -111,12 +111,12 @@ def _mlp(mlp: MLP, x: Tensor) -> Tensor:
     return _linear(mlp.fc2, linear_gelu(x, mlp.fc1.weight, mlp.fc1.bias))
 
 
-def _mixing_mlp(block: Block, x: Tensor, slabs: Sequence[Slab]) -> Tensor:
+def _mixing_mlp(block: Block, mixing: nn.Conv2d, x: Tensor, slabs: Sequence[Slab]) -> Tensor:
     # The next slab has to see the tokens of this one as they were.
     out = x if slabs[0].is_whole(x) else torch.empty_like(x)
     for slab in slabs:
         hidden = _linear(block.mlp.fc1, block.norm2(slab.with_neighbours(x)))
-        hidden = slab.without_neighbours(convolution_gelu(hidden, cast(nn.Conv2d, block.mlp.dwconv)))
+        hidden = slab.without_neighbours(convolution_gelu(hidden, mixing))
         torch.add(slab.of(x), _linear(block.mlp.fc2, hidden), out=slab.of(out))
     return out
 

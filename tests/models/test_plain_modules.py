@@ -156,6 +156,23 @@ def test_what_replaces_a_module_is_called(grad):
                 sum(m.sum() for m in maps).backward()
 
 
+@pytest.mark.parametrize('grad', [True, False])
+def test_a_gelu_of_another_kind_is_the_one_computed(grad):
+    x, model = batch(), lavit().eval()
+    with torch.set_grad_enabled(grad):
+        before = model(x)
+        for name in NAMES:
+            if isinstance(model.get_submodule(name), nn.GELU):
+                put(model, name, nn.GELU('tanh').eval())
+        after = model(x)
+        for module in leaves(model).values():
+            module.register_forward_hook(lambda *_: None)
+        watched = model(x)
+    for a, b, c in zip(after, watched, before, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+        assert (a - c).abs().max() > 1e-4
+
+
 class Adapted(nn.Module):
     """LoRA (arXiv 2106.09685) around a linear layer."""
 
