@@ -28,14 +28,6 @@ class ReusedAttention(LessAttention):
         return self.proj_drop(self.proj(grid.merge(z))), scores
 
 
-class NoPosition(nn.Module):
-    """In place of the position convolution: its branch is 0."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Zeros like ``x``."""
-        return torch.zeros_like(x)
-
-
 class ScaledPosition(nn.Module):
     """A position convolution with a LayerScale (CaiT), one factor for each channel.
 
@@ -60,7 +52,6 @@ class AblatedLaViT(LaViT):
 
     Args:
         attention_residual: Whether scores are passed on from stage to stage (equations 6 and 7).
-        position: Whether each layer begins with the position convolution.
         position_std: Standard deviation of the position convolutions' weights at the start; None
             for LaViT's own.
         position_scale: Start of a LayerScale on each position convolution; None for none.
@@ -81,7 +72,6 @@ class AblatedLaViT(LaViT):
     def __init__(
         self,
         attention_residual: bool = True,
-        position: bool = True,
         position_std: float | None = None,
         position_scale: float | None = None,
         linear_std: float | None = None,
@@ -93,7 +83,6 @@ class AblatedLaViT(LaViT):
     ) -> None:
         for name, value in (
             ('attention_residual', attention_residual),
-            ('position', position),
             ('mixing', mixing),
         ):
             if not isinstance(value, bool):
@@ -111,7 +100,7 @@ class AblatedLaViT(LaViT):
         super().__init__(**kwargs)
         self._options = {
             **kwargs,
-            **dict(attention_residual=attention_residual, position=position, mixing=mixing),
+            **dict(attention_residual=attention_residual, mixing=mixing),
             **dict(position_std=position_std, position_scale=position_scale),
             **dict(linear_std=linear_std, query_key_std=query_key_std),
             **dict(residual_scale=residual_scale, norm_eps=norm_eps),
@@ -126,8 +115,6 @@ class AblatedLaViT(LaViT):
                     nn.init.normal_(block.pos_conv.weight, std=position_std)
                 if position_scale is not None:
                     block.pos_conv = ScaledPosition(block.pos_conv, position_scale)
-                if not position:
-                    block.pos_conv = NoPosition()
                 if linear_std is not None:
                     for module in block.modules():
                         if isinstance(module, nn.Linear):

@@ -96,7 +96,6 @@ VARIANTS = {
     ),
     'stem': Variant('LaViT, convolutional stem', _lavit(conv_stem=True)),
     'overlap': Variant('LaViT, overlapping downsampling', _lavit(overlap_downsample=True)),
-    'mix': Variant('LaViT, Mix-FFN', _lavit(mix_ffn=True)),
     'stem-mix': Variant('LaViT, stem and Mix-FFN', _lavit(conv_stem=True, mix_ffn=True)),
     'swin': Variant(
         'Swin (windows 4)',
@@ -129,7 +128,6 @@ VARIANTS = {
     ),
     'no-residual': Variant('no attention residual', _ablated(attention_residual=False)),
     'no-mixing': Variant('attention reused as it is', _ablated(mixing=False)),
-    'no-position': Variant('no position convolution', _ablated(position=False)),
     'position-0.2': Variant('kernels not centred', _ablated(position_std=0.2)),
     'position-scaled': Variant(
         'standard deviation 0.47 under a LayerScale of 0.3, not centred',
@@ -189,15 +187,15 @@ EXPERIMENTS = {
     'pvt': Experiment(
         'What is it that PVTv2 has?',
         ('pvt', 'pvt-no-attention', 'pvt-no-convolution', 'lavit'),
-        tasks=('cls', 'det', 'seg', 'match'),
+        tasks=('cls', 'det', 'seg'),
     ),
     'options': Experiment(
         'What do a convolutional stem, overlapping downsampling and a Mix-FFN buy?',
-        ('lavit', 'stem', 'overlap', 'mix', 'stem-mix'),
+        ('lavit', 'stem', 'overlap', 'stem-mix'),
     ),
     'start': Experiment(
         'How should the position convolution start?',
-        ('lavit', 'no-position', 'position-0.2', 'position-scaled', 'position-0.47'),
+        ('lavit', 'position-0.2', 'position-scaled', 'position-0.47'),
     ),
     'diagonality': Experiment(
         'What does the diagonality preserving loss buy?',
@@ -210,7 +208,7 @@ EXPERIMENTS = {
     'scores': Experiment(
         'How should projections, the attention residual and norms start?',
         ('lavit', 'query-key-0.02', 'linear-0.02', 'residual-1', 'eps-1e-5'),
-        tasks=('cls', 'match'),
+        tasks=('cls', 'seg'),
     ),
     'windows': Experiment(
         'How large should windows be?',
