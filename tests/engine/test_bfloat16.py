@@ -78,7 +78,11 @@ def test_a_step_is_one_by_hand(accumulative_counts):
 
 
 @pytest.mark.parametrize(
-    'name', ['lavit_n_shapes', 'upernet_lavit_n_shapes', 'retinanet_lavit_n_shapes']
+    'name',
+    [
+        *('lavit_n_shapes', 'upernet_lavit_n_shapes', 'retinanet_lavit_n_shapes'),
+        'maskrcnn_lavit_n_shapes',
+    ],
 )
 def test_trains_in_each_toolbox_and_goes_on_in_float32(name, shapes, tmp_path):
     repair_torchvision()
