@@ -26,6 +26,7 @@ train_dataloader = dict(
                 prob=[0.25, 0.25, 0.25],
                 direction=['horizontal', 'vertical', 'diagonal'],
             ),
+            dict(type='PhotoMetricDistortion'),
             dict(type='PackDetInputs'),
         ],
         **cells,
@@ -49,7 +50,7 @@ test_dataloader = dict(
 val_evaluator = dict(ann_file='data/bccd/annotations/val.json', classwise=True)
 test_evaluator = dict(ann_file='data/bccd/annotations/test.json', classwise=True)
 
-train_cfg = dict(max_epochs=30, val_interval=2)
+train_cfg = dict(max_epochs=30, val_interval=3)
 param_scheduler = [
     dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=200),
     dict(

@@ -64,9 +64,9 @@ test_dataloader = dict(
     ),
 )
 
-train_cfg = dict(max_iters=800, val_interval=100)
+train_cfg = dict(max_iters=2400, val_interval=300)
 param_scheduler = [
-    dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=80),
-    dict(type='PolyLR', eta_min=1e-5, power=1.0, by_epoch=False, begin=80, end=800),
+    dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=200),
+    dict(type='PolyLR', eta_min=1e-5, power=1.0, by_epoch=False, begin=200, end=2400),
 ]
-default_hooks = dict(checkpoint=dict(interval=100))
+default_hooks = dict(checkpoint=dict(interval=300))

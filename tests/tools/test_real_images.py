@@ -81,6 +81,7 @@ ALWAYS = {
     *(f'{loader}.persistent_workers' for loader in training.LOADERS),
     'default_hooks.checkpoint.max_keep_ckpts',
     'optim_wrapper.optimizer.lr',
+    'optim_wrapper.type',
 }
 WIDTHS = {
     'tinyimagenet': {'model.head.in_channels'},

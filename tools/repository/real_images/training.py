@@ -70,12 +70,12 @@ def changes(training: Training, start: str | None = None) -> dict[str, Any]:
 
     Returns:
         What the written config has beside its ``_base_``: the backbone and the widths that go with
-        it, the learning rate, the seed, the schedule's length, one process for the data, and one
-        checkpoint to keep beside the best.
+        it, the learning rate, autocast to bfloat16, the seed, the schedule's length, one process
+        for the data, and one checkpoint to keep beside the best.
     """
     task, backbone = TASKS[training.task], BACKBONES[training.backbone]
     model: dict[str, Any] = {}
-    optimizer: dict[str, Any] = dict(optimizer=dict(lr=training.rate))
+    optimizer: dict[str, Any] = dict(type='BFloat16OptimWrapper', optimizer=dict(lr=training.rate))
     found: dict[str, Any] = dict(model=model, optim_wrapper=optimizer)
     if backbone.instead is not None:
         own = dict(backbone.instead, out_indices=task.out_indices)
