@@ -642,11 +642,12 @@ def test_the_committed_page_is_of_the_committed_results():
 
 
 def test_each_backbone_has_the_learning_rate_that_was_better():
-    """With the first seed, where both have been tried."""
+    """With the first seed, where both have been tried; 1e-3 where a point or less is between."""
     results = {study._key(r): r['metric'] for r in study.read_results(RESULTS)}
     tried = EXPERIMENTS['rates']
     for name in tried.variants:
         for task in TASKS:
             at = {rate: results.get(Training(task, name, 0, rate)) for rate in tried.rates}
             if None not in at.values():
-                assert VARIANTS[name].rate(task) == max(at, key=at.get), (name, task)
+                close = max(at.values()) - min(at.values()) <= 1
+                assert VARIANTS[name].rate(task) == (1e-3 if close else max(at, key=at.get))
