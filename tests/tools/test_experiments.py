@@ -341,7 +341,7 @@ def test_equal_seeds_give_equal_trainings(small_tasks):
     runs = [
         study.run([training], small_tasks / f'{i}.jsonl')[0]['curve']
         for i, training in enumerate(
-            Training('match', 'diagonality-1', *settings)
+            Training('match', 'diagonality-0.1', *settings)
             for settings in ((1, 1e-3), (1, 1e-3), (2, 1e-3), (1, 3e-4))
         )
     ]

@@ -136,8 +136,8 @@ VARIANTS = {
     'position-0.47': Variant(
         'standard deviation 0.47, not centred: as it was', _ablated(position_std=math.sqrt(2 / 9))
     ),
-    'diagonality-1': Variant('diagonality loss, weight 1', _lavit(), _diagonality(1.0)),
     'diagonality-0.1': Variant('diagonality loss, weight 0.1', _lavit(), _diagonality(0.1)),
+    'diagonality-0.01': Variant('diagonality loss, weight 0.01', _lavit(), _diagonality(0.01)),
     'query-key-0.02': Variant('Q and K from 0.02, as in Swin', _ablated(query_key_std=0.02)),
     'linear-0.02': Variant('all projections from 0.02, as in Swin', _ablated(linear_std=0.02)),
     'residual-1': Variant('attention residual from a scale of 1', _ablated(residual_scale=1.0)),
@@ -199,7 +199,7 @@ EXPERIMENTS = {
     ),
     'diagonality': Experiment(
         'What does the diagonality preserving loss buy?',
-        ('lavit', 'diagonality-0.1', 'diagonality-1'),
+        ('lavit', 'diagonality-0.1', 'diagonality-0.01'),
     ),
     'residual': Experiment(
         'What does passing scores on from stage to stage buy?', ('lavit', 'no-residual')
