@@ -1,8 +1,7 @@
 # What every training of a LaViT has in common.
 custom_imports = dict(imports=['mmlavit'])
 custom_hooks = [
-    # The paper's auxiliary loss. It is off, since it cost accuracy in small trainings. To switch it
-    # on:
+    # The paper's auxiliary loss, off since it cost accuracy in small trainings. To switch it on:
     # --cfg-options custom_hooks.0.loss_weight=0.01
     dict(type='DiagonalityLossHook', loss_weight=0.0),
     # Says in the log, once, if the attention of a stage has died.

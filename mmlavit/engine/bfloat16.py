@@ -27,9 +27,10 @@ class BFloat16OptimWrapper(OptimWrapper):
     so losses are not scaled, and checkpoints hold what those of MMEngine's OptimWrapper do: a
     training may go on under the one or the other. Validation and tests are in float32.
 
-    Heads give float32, and extractors of regions get it: mmcv's NMS and RoIAlign take no bfloat16
-    on a CPU, and the corners of a box of 500 pixels are off by up to 1 in it. Other operators that
-    take none raise, as under any autocast. It was tried on CPUs alone: there was no GPU.
+    Heads of detectors and segmentors give float32, and extractors of regions get it: mmcv's NMS and
+    RoIAlign take no bfloat16 on a CPU, and the corners of a box of 500 pixels are off by up to 1 in
+    it. Other operators that take none raise, as under any autocast. It was tried on CPUs alone:
+    there was no GPU.
 
     Args:
         kwargs: As of :class:`mmengine.optim.OptimWrapper`: ``optimizer``, ``accumulative_counts``,

@@ -15,12 +15,18 @@ if torch.backends.mkldnn.is_available():
     _onednn_convolution = getattr(torch.ops.mkldnn, '_convolution_pointwise', None)
 
 
+def sees_neighbours_alone(conv: nn.Conv2d) -> bool:
+    """Whether a pixel comes of the 3 x 3 around it, with zeros around the map."""
+    settings = conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.padding_mode
+    return settings == ((3, 3), (1, 1), (1, 1), (1, 1), 'zeros')
+
+
 def convolution_gelu(x: Tensor, conv: nn.Conv2d) -> Tensor:
     """``GELU(conv(x))``, in one pass over the map where oneDNN has it; without gradients.
 
     Args:
         x: Map (B, H, W, C).
-        conv: C channels in and out; its padding keeps the size.
+        conv: C channels in and out, of which :func:`sees_neighbours_alone` holds.
 
     Returns:
         Map (B, H, W, C).

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..models.windows import WindowGrid
-from .convolution import convolution_gelu
+from .convolution import convolution_gelu, sees_neighbours_alone
 from .linear import linear, linear_gelu
 from .pieces import Slab, cut_into_slabs, fill_padded, merge_and_crop, pad_and_partition
 from .plain import are_plain, is_unwatched_inference
@@ -43,6 +43,7 @@ def serves(blocks: Sequence[nn.Module], x: Tensor) -> bool:
         # Whoever forces the kernel of a GPU is to hear that this is none.
         and not any(getattr(part, 'fused', None) is True for b in blocks for part in b.children())
         and are_plain(blocks)
+        and all(sees_neighbours_alone(c) for b in blocks if (c := cast('Block', b).mlp.dwconv))
     )
 
 

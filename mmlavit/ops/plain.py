@@ -37,6 +37,7 @@ def _is_plain(module: nn.Module) -> bool:
         known
         and 'forward' not in own
         and not any(own[name] for name in _HOOKS)
+        # A GELU by tanh is another function.
         and own.get('approximate', 'none') == 'none'
         and all(type(p) in (nn.Parameter, type(None)) for p in own['_parameters'].values())
     )

@@ -173,6 +173,25 @@ def test_a_gelu_of_another_kind_is_the_one_computed(grad):
         assert (a - c).abs().max() > 1e-4
 
 
+@pytest.mark.parametrize(
+    'options',
+    [dict(kernel_size=5, padding=2), dict(kernel_size=3, padding=1, padding_mode='reflect')],
+)
+def test_a_convolution_with_other_settings_is_the_one_computed(options):
+    """Of more tokens than are taken at a time in inference."""
+    model = lavit(mix_ffn=True, window_sizes=(8, 4, 2, 2)).eval()
+    x = images(1, 3, 4 * 130, 4 * 130).float()
+    mlp = model.stages[0].blocks[0].mlp
+    channels = mlp.dwconv.in_channels
+    mlp.dwconv = nn.Conv2d(channels, channels, groups=channels, **options).eval()
+    with torch.no_grad():
+        maps = model(x)
+        mlp.dwconv.register_forward_hook(lambda *_: None)
+        watched = model(x)
+    for a, b in zip(maps, watched, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
 class Adapted(nn.Module):
     """LoRA (arXiv 2106.09685) around a linear layer."""
 
