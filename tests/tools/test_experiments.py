@@ -361,7 +361,7 @@ def test_a_lavit_is_watched_while_it_trains(small_tasks, monkeypatch):
 
 
 def test_trainings_come_seed_by_seed_and_once():
-    wanted = study.trainings(['residual', 'mixing'], ['cls', 'match'], [0, 1])
+    wanted = study.trainings(['parts'], ['cls', 'match'], [0, 1])
     # LaViT, without residual, without mixing.
     assert len(wanted) == len(set(wanted)) == 3 * 2 * 2
     assert [training.seed for training in wanted] == [0] * 6 + [1] * 6
@@ -370,8 +370,8 @@ def test_trainings_come_seed_by_seed_and_once():
 
 def test_a_question_may_be_asked_of_some_tasks_alone(monkeypatch):
     asked = Experiment('?', ('lavit', 'no-mixing'), tasks=('match',))
-    monkeypatch.setitem(EXPERIMENTS, 'mixing', asked)
-    wanted = study.trainings(['mixing', 'less'], ['cls', 'match'], [0])
+    monkeypatch.setitem(EXPERIMENTS, 'parts', asked)
+    wanted = study.trainings(['parts', 'less'], ['cls', 'match'], [0])
     assert [training[:2] for training in wanted] == [
         *(('cls', 'vanilla'), ('cls', 'lavit')),
         *(('match', 'lavit'), ('match', 'no-mixing'), ('match', 'vanilla')),
@@ -516,10 +516,11 @@ FAKE = [
     for v, values in (('lavit', (80, 82, 84)), ('no-mixing', (70, 71, 75)))
     for s, m in enumerate(values)
 ]
+REUSED = Experiment('?', ('lavit', 'no-mixing'))
 
 
 def test_the_table_has_mean_spread_and_interval():
-    found = report.table(EXPERIMENTS['mixing'], FAKE, {'lavit': 1.0, 'no-mixing': 0.9})
+    found = report.table(REUSED, FAKE, {'lavit': 1.0, 'no-mixing': 0.9})
     lavit, reused = found.splitlines()[2:]
     assert lavit == '| LaViT (windows 8) | 1.50 | 1.00 | 82.0 ± 2.0 |'
     # By hand: differences of -10, -11 and -9; two degrees of freedom, t = 4.3027.
@@ -531,7 +532,7 @@ def test_the_table_has_mean_spread_and_interval():
 
 def test_a_difference_is_that_of_the_same_seeds():
     mixed = [r for r in FAKE[::-1] if (r['variant'], r['seed']) != ('lavit', 2)]
-    reused = report.table(EXPERIMENTS['mixing'], mixed, {}).splitlines()[3]
+    reused = report.table(REUSED, mixed, {}).splitlines()[3]
     # -10 and -11; one degree of freedom, t = 12.706.
     assert f'({-10.5 - 12.706 / 2:+.1f} to {-10.5 + 12.706 / 2:+.1f})' in reused
 
@@ -544,11 +545,10 @@ def test_learning_rates_side_by_side(monkeypatch):
     assert lavit == '| LaViT (windows 8) | 80.0 / 61.0 |'
     assert reused == '| attention reused as it is | 70.0 / – |'
     # Elsewhere each variant has its own alone.
-    mixing = EXPERIMENTS['mixing']
-    assert report.table(mixing, FAKE + lower, {}) == report.table(mixing, FAKE, {})
+    assert report.table(REUSED, FAKE + lower, {}) == report.table(REUSED, FAKE, {})
     own = replace(VARIANTS['lavit'], rates={'cls': 3e-4})
     monkeypatch.setitem(VARIANTS, 'lavit', own)
-    assert '| 61.0 [1 of 3 seeds] |' in report.table(mixing, FAKE + lower, {})
+    assert '| 61.0 [1 of 3 seeds] |' in report.table(REUSED, FAKE + lower, {})
 
 
 def test_the_table_of_living_attention_has_a_mean_for_each_stage():
@@ -581,7 +581,7 @@ def test_equal_measurements_have_no_spread():
 
 def test_one_seed_has_no_interval():
     one = [r for r in FAKE if r['seed'] == 0]
-    assert '| 70.0 [1 of 3 seeds] |' in report.table(EXPERIMENTS['mixing'], one, {})
+    assert '| 70.0 [1 of 3 seeds] |' in report.table(REUSED, one, {})
 
 
 def test_curves_are_means_and_bands(tmp_path, monkeypatch):
@@ -589,7 +589,7 @@ def test_curves_are_means_and_bands(tmp_path, monkeypatch):
 
     figures = []
     monkeypatch.setattr(plt, 'close', figures.append)
-    report.draw(Experiment('?', ('lavit', 'no-mixing')), FAKE, tmp_path / 'a' / 'p.png')
+    report.draw(REUSED, FAKE, tmp_path / 'a' / 'p.png')
     (panel,) = figures[0].axes
     lines = {line.get_label(): list(line.get_ydata()) for line in panel.get_lines()}
     assert lines['attention reused as it is'] == [36.0, 72.0]
@@ -617,13 +617,13 @@ def test_the_table_of_replacements_has_means_and_ends():
 
 
 def test_a_page_is_filled_in_again_and_again():
-    page = 'a\n<!-- results: mixing -->\nold\n<!-- end of results -->\nb\n'
+    page = 'a\n<!-- results: parts -->\nold\n<!-- end of results -->\nb\n'
     filled = report.fill_in(page, FAKE, {}, [], [])
     assert 'old' not in filled and '82.0 ± 2.0' in filled
     assert filled.startswith('a\n') and filled.endswith('\nb\n')
     assert report.fill_in(filled, FAKE, {}, [], []) == filled
-    with pytest.raises(ValueError, match="results of 'mix'"):
-        report.fill_in(page.replace('mixing', 'mix'), FAKE, {}, [], [])
+    with pytest.raises(ValueError, match="results of 'part'"):
+        report.fill_in(page.replace('parts', 'part'), FAKE, {}, [], [])
 
 
 def test_the_committed_page_is_of_the_committed_results():

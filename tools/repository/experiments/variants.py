@@ -133,17 +133,12 @@ VARIANTS = {
         'standard deviation 0.47 under a LayerScale of 0.3, not centred',
         _ablated(position_std=math.sqrt(2 / 9), position_scale=0.3),
     ),
-    'position-0.47': Variant(
-        'standard deviation 0.47, not centred: as it was', _ablated(position_std=math.sqrt(2 / 9))
-    ),
     'diagonality-0.1': Variant('diagonality loss, weight 0.1', _lavit(), _diagonality(0.1)),
     'diagonality-0.01': Variant('diagonality loss, weight 0.01', _lavit(), _diagonality(0.01)),
     'query-key-0.02': Variant('Q and K from 0.02, as in Swin', _ablated(query_key_std=0.02)),
     'linear-0.02': Variant('all projections from 0.02, as in Swin', _ablated(linear_std=0.02)),
     'residual-1': Variant('attention residual from a scale of 1', _ablated(residual_scale=1.0)),
     'eps-1e-5': Variant('eps of the norms 1e-5', _ablated(norm_eps=1e-5)),
-    'windows-4': Variant('windows 4', _lavit(window_sizes=(4, 4, 4, 2))),
-    'windows-16': Variant('windows 16: the whole map', _lavit(window_sizes=(16, 8, 4, 2))),
 }
 
 
@@ -176,9 +171,6 @@ EXPERIMENTS = {
         ('lavit', 'vanilla', 'swin', 'pvt', 'resnet'),
         rates=(1e-3, 3e-4),
     ),
-    'mended': Experiment(
-        'What did mending the start and the loss do?', ('as-it-was', 'position-0.47', 'lavit')
-    ),
     'less': Experiment('Does less attention cost accuracy?', ('vanilla', 'lavit')),
     'peers': Experiment(
         'How does LaViT do beside a Swin, a PVTv2 and a ResNet of like size?',
@@ -194,25 +186,20 @@ EXPERIMENTS = {
         ('lavit', 'stem', 'overlap', 'stem-mix'),
     ),
     'start': Experiment(
-        'How should the position convolution start?',
-        ('lavit', 'position-0.2', 'position-scaled', 'position-0.47'),
+        'How should LaViT start, and what did mending its start and its loss do?',
+        ('lavit', 'position-0.2', 'position-scaled', 'as-it-was'),
     ),
     'diagonality': Experiment(
         'What does the diagonality preserving loss buy?',
         ('lavit', 'diagonality-0.1', 'diagonality-0.01'),
     ),
-    'residual': Experiment(
-        'What does passing scores on from stage to stage buy?', ('lavit', 'no-residual')
+    'parts': Experiment(
+        'What do the attention residual between stages, Psi and Theta buy?',
+        ('lavit', 'no-residual', 'no-mixing'),
     ),
-    'mixing': Experiment('What do Psi and Theta buy?', ('lavit', 'no-mixing')),
     'scores': Experiment(
         'How should projections, the attention residual and norms start?',
         ('lavit', 'query-key-0.02', 'linear-0.02', 'residual-1', 'eps-1e-5'),
         tasks=('cls', 'seg'),
-    ),
-    'windows': Experiment(
-        'How large should windows be?',
-        ('lavit', 'windows-4', 'windows-16'),
-        tasks=('seg', 'match', 'photo'),
     ),
 }
