@@ -363,7 +363,8 @@ class LaViT(BaseModule):
             ValueError: If its shape is wrong.
         """
         self._check_input(x)
-        x = self.patch_embed(x.permute(0, 2, 3, 1))
+        # Three channels are soon put in order; of a convolution's result it would be all of them.
+        x = self.patch_embed(x.permute(0, 2, 3, 1).contiguous())
         scores = grid = None
         maps = []
         for m, stage in enumerate(self.stages):

@@ -22,6 +22,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from .attend import masked_softmax
+from .convolution import is_low, on_more_rows
 from .linear import linear, linear_backward
 from .mode import is_traced, is_transformed
 from .recompute import autocast_dtype, autocasts, gradients
@@ -180,6 +181,20 @@ def _masked_softmax(
     return mode.note(masked_softmax(scores, mask), masked_softmax, scores, mask)
 
 
+def _conv2d(
+    mode: Lean,
+    func: Callable,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *settings: Any,
+    **named: Any,
+) -> Tensor:
+    if x.device.type == 'cpu' and is_low(x, weight, *settings, **named):
+        return on_more_rows(func, x, weight, bias, *settings, **named)
+    return func(x, weight, bias, *settings, **named)
+
+
 def _dropout(
     mode: Lean,
     func: Callable,
@@ -241,6 +256,7 @@ def _leaves(tensors: Sequence[Tensor | None], needed: Sequence[bool]) -> list[Te
 # Other kinds (quantized, fake, traced) compute by rules of their own.
 _PLAIN = {Tensor, nn.Parameter}
 _FORMS: dict[Callable, Callable] = {
+    F.conv2d: _conv2d,
     F.dropout: _dropout,
     F.gelu: _gelu,
     F.layer_norm: _layer_norm,
