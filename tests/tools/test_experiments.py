@@ -584,6 +584,11 @@ def test_one_seed_has_no_interval():
     assert '| 70.0 [1 of 3 seeds] |' in report.table(REUSED, one, {})
 
 
+def test_more_seeds_than_asked_are_counted():
+    more = [*FAKE, {**FAKE[0], 'seed': 3, 'metric': 82.0}]
+    assert '| 82.0 ± 1.6 [4 seeds] |' in report.table(REUSED, more, {})
+
+
 def test_curves_are_means_and_bands(tmp_path, monkeypatch):
     import matplotlib.pyplot as plt
 

@@ -30,7 +30,7 @@ def table(experiment: Experiment, results: list[dict[str, Any]], times: dict[str
 
     Returns:
         Markdown. For each variant and task the mean and the standard deviation over the seeds, in
-        percent; how many seeds there are, if fewer than :data:`SEEDS`; where there is something to
+        percent; how many seeds there are, if not :data:`SEEDS`; where there is something to
         hold it against, the 95 % confidence interval of the difference (see :func:`difference`).
         For an experiment on learning rates, what each came to with the first seed.
     """
@@ -175,6 +175,8 @@ def _cell(results: list[dict[str, Any]], base: list[dict[str, Any]]) -> str:
     text = pages.mean_and_spread(values)
     if len(values) < SEEDS:
         text += f' [{len(values)} of {SEEDS} seeds]'
+    elif len(values) > SEEDS:
+        text += f' [{len(values)} seeds]'
     by_seed = {r['seed']: r['metric'] for r in base}
     gaps = [r['metric'] - by_seed[r['seed']] for r in results if r['seed'] in by_seed]
     if len(gaps) > 1:
