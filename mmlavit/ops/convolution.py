@@ -60,9 +60,9 @@ def on_more_rows(
 ) -> Tensor:
     """``func(x, weight, ...)``, a convolution of which :func:`is_low`, on rows of zeros beside.
 
-    oneDNN, in torch 2.13, takes a detour for the weights' gradient where a kernel is higher than its
-    map: forward and backward pass of 64 maps of 1280 x 2 x 2 in bfloat16 take 25 ms, and 1.7 ms so.
-    A single row of 16 tokens in float32 is the case that loses, and all do in torch 2.1.
+    oneDNN, in torch 2.13, takes a detour for the weights' gradient where a kernel is higher than
+    its map: both passes of 64 maps of 1280 x 2 x 2 in bfloat16 take 25 ms, and 1.7 ms so. A single
+    row of 16 tokens in float32 is a case that loses, and all that were tried do in torch 2.1.
     """
     rows = weight.shape[-2] - x.shape[-2]
     out = func(F.pad(x, (0, 0, 0, rows)), weight, *settings, **named)

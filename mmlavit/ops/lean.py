@@ -4,8 +4,9 @@ While :class:`Lean` is on, it sees every function that the modules call. Of what
 or a softmax returns it notes how it came about; where a linear layer or a product then wants to
 keep that for the backward pass, it keeps instead what it came from, which is kept anyway, and
 computes it again. The numbers are the same. A result that anybody has changed or replaced on the
-way, such as a hook, is not recognized and is kept as always. Depthwise convolutions of low maps take
-another way there too (:mod:`.convolution`).
+way, such as a hook, is not recognized and is kept as always.
+
+Depthwise convolutions of low maps take another way there too (:mod:`.convolution`).
 """
 
 from __future__ import annotations
