@@ -23,7 +23,6 @@ REPOSITORY_TOOLS = (
     'compare_commits.py',
     'setup_env.py',
     'demo.py',
-    'pretraining_curves.py',
     'config_table.py',
     'attention_cost.py',
     'architecture_figures.py',

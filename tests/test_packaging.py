@@ -179,7 +179,6 @@ def test_wheel_holds_package_configs_and_tools_and_nothing_else(wheel: Path) -> 
         'benchmark.py',
         'compare_commits.py',
         'demo.py',
-        'pretraining_curves.py',
         'config_table.py',
         'attention_cost.py',
         'architecture_figures.py',

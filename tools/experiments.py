@@ -61,12 +61,14 @@ def main() -> None:
     )
     args = parser.parse_args()
     results_file = OUT / 'results.jsonl'
-    chosen = args.tasks or list(TASKS)
+    chosen, experiments = args.tasks or list(TASKS), args.experiments or list(EXPERIMENTS)
     if args.tasks is None and archive() is None:
         chosen.remove('photo')
-        print(f'{VARIABLE} is not set: all tasks but that on photographs')
+        if not args.experiments:
+            experiments = [e for e in experiments if not EXPERIMENTS[e].starts_from_photographs]
+        print(f'{VARIABLE} is not set: nothing on photographs, and nothing that starts from them')
     try:
-        wanted = study.trainings(args.experiments or EXPERIMENTS, chosen, args.seeds)
+        wanted = study.trainings(experiments, chosen, args.seeds)
         page = OUT / 'README.md'
         if not page.is_file():
             raise FileNotFoundError(f'{page} is not here; start at the top of the repository')

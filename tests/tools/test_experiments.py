@@ -328,11 +328,37 @@ def test_a_killed_training_fails_and_the_others_go_on(small_tasks, monkeypatch, 
 def test_every_variant_trains_and_every_task(small_tasks, task):
     """LaViT for every task, each other variant for one of them."""
     results = small_tasks / 'results.jsonl'
-    others = [variant for variant in VARIANTS if variant != 'lavit']
+    others = [name for name, v in VARIANTS.items() if name != 'lavit' and not v.pretrained]
     variants = ['lavit', *others[list(TASKS).index(task) :: len(TASKS)]]
     wanted = [Training(task, variant, 0, 3e-4) for variant in variants]
     metrics = study.run(wanted, results)
     assert [(r['task'], r['variant'], r['seed'], r['rate']) for r in metrics] == wanted
+
+
+@pytest.mark.slow
+def test_a_pretrained_backbone_is_that_of_the_classifier_of_its_seed(small_tasks):
+    wanted = study.trainings(['pretraining'], ['seg'], [0, 1])
+    photo, segmentor = ('photo', 'lavit'), ('seg', 'pretrained')
+    assert [w[:3] for w in wanted] == [
+        *((*('seg', 'lavit'), 0), (*('seg', 'lavit'), 1)),
+        *((*photo, 0), (*photo, 1), (*segmentor, 0), (*segmentor, 1)),
+    ]
+    # Without the classifiers there is nothing to start from.
+    alone = [w for w in wanted if w.variant == 'pretrained']
+    with pytest.raises(RuntimeError, match='2 trainings failed'):
+        study.run(alone, small_tasks / 'alone.jsonl')
+    study.run(wanted, small_tasks / 'results.jsonl')
+
+    def weights(task: str, variant: str, seed: int) -> torch.Tensor:
+        state = torch.load(training.weights_of(task, variant, seed), weights_only=True)
+        return next(w for name, w in state.items() if name.endswith('attn.proj.weight'))
+
+    for seed in (0, 1):
+        own, other = (weights(*photo, s) for s in (seed, 1 - seed))
+        trained = weights(*segmentor, seed)
+        near = (trained - own).abs().mean()
+        assert near < 0.3 * (trained - other).abs().mean(), seed
+        assert near < 0.3 * (trained - weights('seg', 'lavit', seed)).abs().mean(), seed
 
 
 @pytest.mark.slow

@@ -112,13 +112,12 @@ def run(demo: Demo) -> dict[str, float]:
     return metrics
 
 
-def train(config: Path, work_dir: Path, *options: str) -> Path:
+def train(config: Path, work_dir: Path) -> Path:
     """Train a config, go on where an earlier call stopped, or do nothing where it had finished.
 
     Args:
         config: Config to train.
         work_dir: Where checkpoints and logs go.
-        options: What to give ``--cfg-options``.
 
     Returns:
         The best checkpoint by the config's own measure.
@@ -133,8 +132,7 @@ def train(config: Path, work_dir: Path, *options: str) -> Path:
     else:
         start = f'going on from {latest}' if latest else f'up to {last}'
         print(f'{config.stem}: {start}', flush=True)
-        more = ['--cfg-options', *options] if options else []
-        _tool('train.py', config, '--work-dir', work_dir, '--resume', *more)
+        _tool('train.py', config, '--work-dir', work_dir, '--resume')
     return max(work_dir.glob('best_*.pth'), key=lambda path: path.stat().st_mtime)
 
 

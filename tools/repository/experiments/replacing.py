@@ -7,8 +7,8 @@ from typing import Any
 
 from mmlavit.analysis.replacement_run import measure as measure_model
 
-from .study import weights_of
 from .tasks import TASKS, build_config
+from .training import weights_of
 from .variants import VARIANTS, register_backbones
 
 #: Of which variants.

@@ -9,8 +9,8 @@ import torch
 from mmengine.registry import DefaultScope
 from mmengine.runner import Runner
 
-from .study import weights_of
 from .tasks import TASKS, build_config
+from .training import weights_of
 from .variants import VARIANTS, WINDOWS, register_backbones
 
 #: What the windows are changed to, from :data:`~repository.experiments.variants.WINDOWS`.

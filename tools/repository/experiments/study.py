@@ -15,10 +15,8 @@ import torch
 
 from ..results import add_line, read_lines
 from .tasks import TASKS
-from .training import train_variant
+from .training import CLASSIFIER, train_variant, work_dir_of
 from .variants import EXPERIMENTS, VARIANTS, register_backbones
-
-WORK_DIR = Path('work_dirs/experiments')
 
 
 class Training(NamedTuple):
@@ -44,7 +42,8 @@ def trainings(
         seeds: Seeds.
 
     Returns:
-        The trainings, seed by seed, so that a study that is stopped has whole seeds.
+        The trainings, seed by seed, so that a study that is stopped has whole seeds. What starts
+        from a classifier of photographs comes after all else, the classifier among it.
 
     Raises:
         ValueError: If a name is unknown; the message lists the known ones.
@@ -65,7 +64,17 @@ def trainings(
         for rate in experiment.rates or [VARIANTS[name].rate(task)]
         if seed == seeds[0] or not experiment.rates
     ]
-    return list(dict.fromkeys(wanted))
+    task, name = CLASSIFIER
+    classifiers = [
+        Training(task, name, training.seed, VARIANTS[name].rate(task))
+        for training in wanted
+        if _is_pretrained(training)
+    ]
+    return sorted(dict.fromkeys([*wanted, *classifiers]), key=_is_pretrained)
+
+
+def _is_pretrained(training: Training) -> bool:
+    return VARIANTS[training.variant].pretrained
 
 
 def read_results(path: Path) -> list[dict[str, Any]]:
@@ -116,7 +125,10 @@ def run(wanted: list[Training], results: Path, jobs: int = 2) -> list[dict[str, 
     failed = []
     if missing:
         _import_toolboxes()
-        for i, (training, result) in enumerate(_train_all(missing, jobs), 1):
+        # What starts from others waits for all of them.
+        by_start = [[m for m in missing if _is_pretrained(m) == later] for later in (False, True)]
+        trained = (found for part in by_start for found in _train_all(part, jobs))
+        for i, (training, result) in enumerate(trained, 1):
             if isinstance(result, str):
                 failed.append(str(training))
                 print(f'{i}/{len(missing)} {training}: FAILED, {result}', flush=True)
@@ -131,26 +143,6 @@ def run(wanted: list[Training], results: Path, jobs: int = 2) -> list[dict[str, 
 
 def _key(result: dict[str, Any]) -> Training:
     return Training(*(result[name] for name in Training._fields))
-
-
-def work_dir_of(task: str, variant: str, seed: int, rate: float) -> Path:
-    """Where a training leaves its logs and weights; arguments as of :class:`Training`."""
-    return WORK_DIR / task / f'{variant}-{seed}-{rate:g}'
-
-
-def weights_of(task: str, variant: str, seed: int) -> Path:
-    """The weights that a training at the variant's own learning rate has left.
-
-    Raises:
-        FileNotFoundError: If it has not been run here.
-    """
-    weights = work_dir_of(task, variant, seed, VARIANTS[variant].rate(task)) / 'weights.pth'
-    if not weights.is_file():
-        raise FileNotFoundError(
-            f'{weights} is not there: weights are not kept with the results. Without its line in '
-            'results.jsonl, tools/experiments.py trains it again'
-        )
-    return weights
 
 
 def _import_toolboxes() -> None:

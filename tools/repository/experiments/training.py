@@ -18,6 +18,10 @@ from mmlavit.models.lavit import LaViT
 from .tasks import TASKS, build_config
 from .variants import VARIANTS, register_backbones
 
+WORK_DIR = Path('work_dirs/experiments')
+#: Task and variant of what a pretrained variant starts from.
+CLASSIFIER = 'photo', 'lavit'
+
 
 class _Record(Hook):
     """Notes what is measured."""
@@ -30,6 +34,26 @@ class _Record(Hook):
         # mmdet gives nothing at all for a detector that finds nothing.
         value = float(metrics[self.metric]) if metrics else 0.0
         self.curve[runner.iter] = self.scale * value
+
+
+def work_dir_of(task: str, variant: str, seed: int, rate: float) -> Path:
+    """Where a training leaves its logs and weights; arguments as of :func:`train_variant`."""
+    return WORK_DIR / task / f'{variant}-{seed}-{rate:g}'
+
+
+def weights_of(task: str, variant: str, seed: int) -> Path:
+    """The weights that a training at the variant's own learning rate has left.
+
+    Raises:
+        FileNotFoundError: If it has not been run here.
+    """
+    weights = work_dir_of(task, variant, seed, VARIANTS[variant].rate(task)) / 'weights.pth'
+    if not weights.is_file():
+        raise FileNotFoundError(
+            f'{weights} is not there: weights are not kept with the results. Without its line in '
+            'results.jsonl, tools/experiments.py trains it again'
+        )
+    return weights
 
 
 def train_variant(
@@ -53,10 +77,13 @@ def train_variant(
 
     Raises:
         KeyError: If a name is unknown.
+        FileNotFoundError: If the classifier that the variant starts from is not there.
     """
     register_backbones()
     chosen = TASKS[task]
     cfg = build_config(chosen, VARIANTS[variant], seed, rate, work_dir)
+    if VARIANTS[variant].pretrained:
+        cfg.model.backbone.init_cfg = dict(checkpoint=str(weights_of(*CLASSIFIER, seed)))
     record = _Record(chosen.metric, chosen.scale)
     # Another training in this process may have left its toolbox's scope behind.
     with DefaultScope.overwrite_default_scope(cfg.default_scope):

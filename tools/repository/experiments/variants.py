@@ -37,12 +37,15 @@ class Variant:
         backbone: Its config, without ``out_indices``.
         hooks: ``custom_hooks`` to train it with.
         rates: Learning rate by task, where it is not 1e-3: what the experiment ``rates`` found.
+        pretrained: Whether it starts from the backbone of LaViT's classifier of photographs that
+            was trained with the same seed.
     """
 
     title: str
     backbone: dict[str, Any] = field(hash=False)
     hooks: tuple[dict[str, Any], ...] = field(default=(), hash=False)
     rates: dict[str, float] = field(default_factory=dict, hash=False)
+    pretrained: bool = False
 
     def rate(self, task: str) -> float:
         """Learning rate for a task."""
@@ -139,6 +142,7 @@ VARIANTS = {
     'linear-0.02': Variant('all projections from 0.02, as in Swin', _ablated(linear_std=0.02)),
     'residual-1': Variant('attention residual from a scale of 1', _ablated(residual_scale=1.0)),
     'eps-1e-5': Variant('eps of the norms 1e-5', _ablated(norm_eps=1e-5)),
+    'pretrained': Variant('LaViT, from photographs', _lavit(), pretrained=True),
 }
 
 
@@ -162,6 +166,11 @@ class Experiment:
     def asks(self, task: str) -> bool:
         """Whether the question is asked of a task."""
         return not self.tasks or task in self.tasks
+
+    @property
+    def starts_from_photographs(self) -> bool:
+        """Whether a variant starts from a classifier of photographs."""
+        return any(VARIANTS[name].pretrained for name in self.variants)
 
 
 #: By name, what is asked.
@@ -201,5 +210,10 @@ EXPERIMENTS = {
         'How should projections, the attention residual and norms start?',
         ('lavit', 'query-key-0.02', 'linear-0.02', 'residual-1', 'eps-1e-5'),
         tasks=('cls', 'seg'),
+    ),
+    'pretraining': Experiment(
+        'Does it help shapes to start from a classifier of photographs?',
+        ('lavit', 'pretrained'),
+        tasks=('cls', 'det', 'seg', 'match'),
     ),
 }
