@@ -610,9 +610,13 @@ def test_one_seed_has_no_interval():
     assert '| 70.0 [1 of 3 seeds] |' in report.table(REUSED, one, {})
 
 
-def test_more_seeds_than_asked_are_counted():
+def test_more_seeds_than_asked_are_counted_where_there_is_something_to_compare():
     more = [*FAKE, {**FAKE[0], 'seed': 3, 'metric': 82.0}]
+    assert report.table(REUSED, more, {}) == report.table(REUSED, FAKE, {})
+    more.append({**FAKE[3], 'seed': 3})
     assert '| 82.0 ± 1.6 [4 seeds] |' in report.table(REUSED, more, {})
+    alone = [r for r in more if r['variant'] == 'lavit']
+    assert '| 82.0 ± 1.6 [4 seeds] |' in report.table(REUSED, alone, {})
 
 
 def test_curves_are_means_and_bands(tmp_path, monkeypatch):

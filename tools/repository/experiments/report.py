@@ -37,6 +37,7 @@ def table(experiment: Experiment, results: list[dict[str, Any]], times: dict[str
     tasks = _asked(experiment, results)
     if experiment.rates:
         return _rates_table(experiment, results, tasks)
+    results = _compared(experiment, results)
     lines = [
         '| | parameters M | step | ' + ' | '.join(TASKS[t].title for t in tasks) + ' |',
         '|---' * (len(tasks) + 3) + '|',
@@ -67,6 +68,20 @@ def _of(results: list[dict[str, Any]], task: str, variant: str) -> list[dict[str
     """Results of a variant in a task with its own learning rate, one for each seed."""
     wanted = task, variant, VARIANTS[variant].rate(task)
     return [r for r in results if (r['task'], r['variant'], r['rate']) == wanted]
+
+
+def _compared(experiment: Experiment, results: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Results of an experiment, but for a seed of a task that one of several variants has alone.
+
+    LaViT is in most experiments, and has the seeds of the one that asks for most.
+    """
+    own = {(t, v): _of(results, t, v) for t in TASKS for v in experiment.variants}
+    kept = []
+    for (task, variant), found in own.items():
+        others = [own[task, v] for v in experiment.variants if v != variant and own[task, v]]
+        seeds = {r['seed'] for rows in others for r in rows}
+        kept += [r for r in found if not others or r['seed'] in seeds]
+    return kept
 
 
 def _rates_table(experiment: Experiment, results: list[dict[str, Any]], tasks: list[str]) -> str:
@@ -230,6 +245,7 @@ def draw(experiment: Experiment, results: list[dict[str, Any]], out: Path) -> Pa
     import matplotlib.pyplot as plt
 
     tasks = _asked(experiment, results)
+    results = _compared(experiment, results)
     figure, panels = plt.subplots(
         1, len(tasks), figsize=(3.6 * len(tasks), 3.6), layout='constrained', squeeze=False
     )
