@@ -246,8 +246,9 @@ def draw(experiment: Experiment, results: list[dict[str, Any]], out: Path) -> Pa
 
     tasks = _asked(experiment, results)
     results = _compared(experiment, results)
+    width = 3.6 * len(tasks)
     figure, panels = plt.subplots(
-        1, len(tasks), figsize=(3.6 * len(tasks), 3.6), layout='constrained', squeeze=False
+        1, len(tasks), figsize=(width, 3.6), layout='constrained', squeeze=False
     )
     for panel, task in zip(panels[0], tasks, strict=True):
         for number, variant in enumerate(experiment.variants):
@@ -273,7 +274,9 @@ def draw(experiment: Experiment, results: list[dict[str, Any]], out: Path) -> Pa
         found.update(zip(names, lines, strict=True))
     order = [*(VARIANTS[variant].title for variant in experiment.variants), 'chance']
     shown = {name: found[name] for name in order if name in found}
-    figure.legend(shown.values(), shown, loc='outside lower center', ncols=len(shown), fontsize=9)
+    # A letter takes less than 0.075 inches, the line before a name 0.6.
+    columns = min(len(shown), max(1, int(width / (0.6 + 0.075 * max(map(len, shown))))))
+    figure.legend(shown.values(), shown, loc='outside lower center', ncols=columns, fontsize=9)
     out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(out, dpi=100)
     plt.close(figure)
