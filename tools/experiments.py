@@ -62,11 +62,14 @@ def main() -> None:
     args = parser.parse_args()
     results_file = OUT / 'results.jsonl'
     chosen, experiments = args.tasks or list(TASKS), args.experiments or list(EXPERIMENTS)
-    if args.tasks is None and archive() is None:
-        chosen.remove('photo')
+    if archive() is None:
+        if not args.tasks:
+            chosen.remove('photo')
+            print(f'{VARIABLE} is not set: all tasks but that on photographs')
         if not args.experiments:
-            experiments = [e for e in experiments if not EXPERIMENTS[e].starts_from_photographs]
-        print(f'{VARIABLE} is not set: nothing on photographs, and nothing that starts from them')
+            left_out = [e for e in experiments if EXPERIMENTS[e].starts_from_photographs]
+            experiments = [e for e in experiments if e not in left_out]
+            print(f'{VARIABLE} is not set: all experiments but {", ".join(left_out)}')
     try:
         wanted = study.trainings(experiments, chosen, args.seeds)
         page = OUT / 'README.md'

@@ -4,6 +4,7 @@ import itertools
 import json
 import os
 import re
+import shutil
 import signal
 import zipfile
 from dataclasses import replace
@@ -444,6 +445,22 @@ def test_the_tool_belongs_to_the_repository(tmp_path):
     assert found.returncode == 1
     assert 'start at the top of the repository' in found.stderr.splitlines()[-1]
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_shapes_need_no_photographs(tmp_path):
+    """With all results there and without the folder of real images."""
+    page = tmp_path / 'docs/experiments/README.md'
+    shutil.copytree(ROOT / 'docs/experiments', page.parent)
+    before, asked = page.read_text(), ('--tasks', 'match', '--seeds', 0)
+    found = run_tool('experiments.py', *asked, cwd=tmp_path, MMLAVIT_DATA='')
+    assert found.returncode == 0, found.stderr
+    assert 'all experiments but pretraining' in found.stdout
+    assert page.read_text() == before
+    # Whoever asks for it by name hears what is missing.
+    found = run_tool('experiments.py', 'pretraining', *asked, cwd=tmp_path, MMLAVIT_DATA='')
+    assert found.returncode == 1
+    assert 'MMLAVIT_DATA, which is not set' in found.stderr.splitlines()[-1]
 
 
 @pytest.mark.slow
