@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import textwrap
 from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import datetime, timezone
@@ -187,7 +188,9 @@ def draw(machine: dict[str, object], comparisons: Sequence[Comparison], out: Pat
         bars = panel.barh([f'{row.model}{_suffix(row)}' for row in rows], speeds, color=colours)
         panel.bar_label(bars, fmt='%.2f', padding=2)
         panel.invert_yaxis()
-        title = f'{comparison.task}, {comparison.input}\n{comparison.conditions}'
+        # A line that is wider than its panel would be cut off at the edge of the figure.
+        conditions = textwrap.fill(comparison.conditions, 28)
+        title = f'{comparison.task}, {comparison.input}\n{conditions}'
         panel.set(title=title, xlim=(0, 1.2 * max(speeds)))
         panel.title.set_fontsize(10)
     figure.suptitle(f'Relative speed (longer is faster): {machine["processor"]}', fontsize=11)

@@ -20,7 +20,7 @@ from mmlavit.models.lavit import LaViT
 from mmlavit.models.windows import WindowGrid
 
 from .memory import peak_memory
-from .models import BACKBONES, DETECTORS, build
+from .models import BACKBONES, DETECTORS, TRAINED_IN_NCHW, build
 from .routes import ROUTES, has_linear_layers
 from .timing import interleave
 from .workload import BackboneWorkload, Settings, Task
@@ -170,6 +170,10 @@ def _build(
     return works
 
 
+def _takes(label: str, name: str, task: Task) -> bool:
+    return label == 'NCHW' or task.name != 'training' or name not in TRAINED_IN_NCHW
+
+
 def _is_always_nhwc(settings: Settings) -> bool:
     return settings.compile and settings.device == 'cpu'
 
@@ -203,11 +207,12 @@ def _choose_formats(
         return dict.fromkeys(works, 'NHWC')
     found: dict[tuple[str, str], dict[str, float]] = {key: {} for key in works}
     for label, memory_format in FORMATS.items():
-        for work in works.values():
+        able = {key: work for key, work in works.items() if _takes(label, key[0], work.task)}
+        for work in able.values():
             work.use(memory_format)
-        steps = {key: work.step for key, work in works.items()}
+        steps = {key: work.step for key, work in able.items()}
         seconds = interleave(steps, 2, settings.device, f'{description} {label}')
-        for key in works:
+        for key in able:
             found[key][label] = min(seconds[key])
     best = {key: min(times, key=times.__getitem__) for key, times in found.items()}
     for key, work in works.items():
