@@ -6,6 +6,7 @@ import functools
 import hashlib
 import json
 import os
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -224,12 +225,8 @@ def run(training: Training, start: str | None = None) -> dict[str, Any]:
 
 
 def _step_seconds(records: list[dict[str, Any]]) -> float:
-    """Of all training steps: records have the mean time of those before them."""
-    total, before = 0.0, 0
-    for record in records:
-        total += record['time'] * (record['step'] - before)
-        before = record['step']
-    return total
+    """Of all training steps, by the median record: a training may have been held for a while."""
+    return records[-1]['step'] * statistics.median(record['time'] for record in records)
 
 
 def build_backbone(task: str, backbone: str) -> torch.nn.Module:
