@@ -315,6 +315,23 @@ class TestSuites:
                 assert row.format in suites.FORMATS
                 assert row.memory is None
 
+    def test_fastvit_is_not_trained_in_nhwc(self, monkeypatch):
+        """On a CPU it would take the process with it; so a model that tells stands in its place."""
+        seen = []
+
+        class Telling(nn.Conv2d):
+            def forward(self, x):
+                if self.training:
+                    seen.append(x.is_contiguous(memory_format=torch.channels_last))
+                return [super().forward(x)]
+
+        for name in ('FastViT-SA24', 'MambaOut-T'):
+            monkeypatch.setitem(models.BACKBONES, name, lambda task: Telling(3, 8, 3))
+            seen.clear()
+            (found,) = suites.backbones([name], SMALL[1:], Settings(), 1, 1e10, memory=False)
+            assert any(seen) == (name != 'FastViT-SA24') and seen
+            assert name != 'FastViT-SA24' or found.rows[0].format == 'NCHW'
+
     @pytest.mark.slow
     def test_memory_is_measured_once_a_model(self):
         options = dict(routes=('own', 'ours'))

@@ -122,7 +122,7 @@ BACKBONES: dict[str, Callable[[Task], nn.Module]] = {
 DEFAULT_BACKBONES = tuple(BACKBONES)[:9]
 #: Those that timm ships.
 OF_TIMM = ('Hiera-T', 'FastViT-SA24', 'MambaOut-T')
-#: Those that are trained in NCHW alone: in NHWC FastViT, in torch 2.13 on a CPU, writes where it
+#: Those that are trained in NCHW alone on a CPU: in NHWC FastViT, in torch 2.13, writes where it
 #: must not and takes the process with it, in float32 as in bfloat16, with no other model beside it.
 TRAINED_IN_NCHW = ('FastViT-SA24',)
 

@@ -170,8 +170,9 @@ def _build(
     return works
 
 
-def _takes(label: str, name: str, task: Task) -> bool:
-    return label == 'NCHW' or task.name != 'training' or name not in TRAINED_IN_NCHW
+def _takes(label: str, name: str, work: BackboneWorkload) -> bool:
+    crashes = name in TRAINED_IN_NCHW and work.settings.device == 'cpu'
+    return label == 'NCHW' or work.task.name != 'training' or not crashes
 
 
 def _is_always_nhwc(settings: Settings) -> bool:
@@ -207,7 +208,7 @@ def _choose_formats(
         return dict.fromkeys(works, 'NHWC')
     found: dict[tuple[str, str], dict[str, float]] = {key: {} for key in works}
     for label, memory_format in FORMATS.items():
-        able = {key: work for key, work in works.items() if _takes(label, key[0], work.task)}
+        able = {key: work for key, work in works.items() if _takes(label, key[0], work)}
         for work in able.values():
             work.use(memory_format)
         steps = {key: work.step for key, work in able.items()}
