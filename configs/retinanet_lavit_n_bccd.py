@@ -50,6 +50,8 @@ test_dataloader = dict(
 val_evaluator = dict(ann_file='data/bccd/annotations/val.json', classwise=True)
 test_evaluator = dict(ann_file='data/bccd/annotations/test.json', classwise=True)
 
+# AP50 in validation after a quarter of the schedule: 82.5, and 68.1 at 0.001.
+optim_wrapper = dict(optimizer=dict(lr=0.0005))
 train_cfg = dict(max_epochs=30, val_interval=3)
 param_scheduler = [
     dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=200),

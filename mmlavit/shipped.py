@@ -11,7 +11,7 @@ def folder(name: str) -> Path:
     """A folder that comes with the package.
 
     Args:
-        name: ``'configs'`` or ``'tools'``.
+        name: ``'configs'`` or ``'tools'``; ``'checkpoints'`` is in no wheel.
 
     Returns:
         The wheel's or, where the repository itself is installed (``pip install -e``), its own.
@@ -48,11 +48,14 @@ def weights_of(config: Path) -> str | None:
         config: Its path.
 
     Returns:
-        A file or an URL; None where there are no weights.
+        A file; None where there are no weights, as in a wheel, which comes without them.
     """
     from mmengine.fileio import load
 
-    for model in load(folder('configs') / 'metafile.yml')['Models']:
-        if folder('configs') / Path(model['Config']).name == config:
-            return model.get('Weights')
+    index = folder('checkpoints') / 'metafile.yml'
+    if config.resolve().parent != folder('configs').resolve() or not index.is_file():
+        return None
+    for model in load(index)['Models']:
+        if Path(model['Config']).name == config.name:
+            return str(index.parents[1] / model['Weights'])
     return None

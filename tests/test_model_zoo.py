@@ -14,9 +14,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
+import cv2
+import numpy as np
 import pytest
 import yaml
-from helpers import ROOT, assert_ran, run_tool
+from helpers import ROOT, assert_ran, run_python, run_tool
 from mmengine.config import Config
 from modelindex import load_model_index
 
@@ -63,6 +65,9 @@ def faults(repository: Path) -> list[str]:
         if path.suffix == '.pth' and f'checkpoints/{path.name}' not in listed:
             found.append(f'{path.name} is not in metafile.yml')
     for entry in entries:
+        log = entry['Metadata'].get('Training Log')
+        if log and not (repository / log).is_file():
+            found.append(f'{log} is not there')
         file = repository / entry['Weights']
         if not file.is_file():
             found.append(f'{entry["Weights"]} is not there')
@@ -87,18 +92,27 @@ def files_of(config: Path) -> Iterator[str]:
         yield os.path.join(root, dataset.ann_file)
 
 
-def data_for(config: Path, folders: dict[str, Path | None], tmp_path: Path) -> Path:
-    """A folder from which the config finds its data, or the test is skipped."""
+def data_for(config: Path, data: Path, downloads: Path | None, tmp_path: Path) -> Path:
+    """A folder from which the config finds its data, or the test is skipped.
+
+    Args:
+        config: The config.
+        data: A folder that is laid out as our configs have it.
+        downloads: Where that of one set is missing, what its converter makes of a folder here.
+        tmp_path: Where to make the folder.
+    """
     needed = list(files_of(config))
-    for folder in folders.values():
-        if folder is None:
-            continue
-        start = tmp_path / folder.parent.name / folder.name
-        start.mkdir(parents=True)
-        (start / 'data').symlink_to(folder)
-        if all((start / name).exists() for name in needed):
-            return start
-    pytest.skip(f'{config.name} needs {needed[-1]}, looked for in {", ".join(folders)}')
+    start = tmp_path / 'start'
+    start.mkdir(parents=True)
+    if all((data.parent / name).exists() for name in needed):
+        (start / 'data').symlink_to(data)
+        return start
+    name = Path(needed[0]).parts[1]
+    converter = ROOT / 'tools' / 'dataset_converters' / f'{name}.py'
+    if downloads and (downloads / name).is_dir() and converter.is_file():
+        assert_ran(run_tool(f'dataset_converters/{name}.py', downloads / name, cwd=start))
+        return start
+    pytest.skip(f'{config.name} needs {needed[-1]}, in {data.parent}, or MMLAVIT_DATA')
 
 
 def evaluate(entry: dict, repository: Path, start: Path) -> dict[str, float]:
@@ -120,11 +134,6 @@ def differences(entry: dict, found: dict[str, float]) -> list[str]:
     ]
 
 
-def folders() -> dict[str, Path | None]:
-    elsewhere = os.environ.get('MMLAVIT_DATA')
-    return {'data/': ROOT / 'data', 'MMLAVIT_DATA': Path(elsewhere) if elsewhere else None}
-
-
 # ---- What is kept --------------------------------------------------------------------------------
 
 
@@ -142,9 +151,14 @@ def test_kept_checkpoints_reach_their_figures(kind, tmp_path):
     entries = [entry for entry in models(ROOT) if kind_of(entry) == kind]
     if not entries:
         pytest.skip(f'checkpoints/ has no {kind}')
-    found = []
+    found, downloads = [], os.environ.get('MMLAVIT_DATA')
     for entry in entries:
-        start = data_for(ROOT / entry['Config'], folders(), tmp_path / entry['Name'])
+        start = data_for(
+            ROOT / entry['Config'],
+            ROOT / 'data',
+            Path(downloads) if downloads else None,
+            tmp_path / entry['Name'],
+        )
         found += differences(entry, evaluate(entry, ROOT, start))
     assert found == []
 
@@ -166,14 +180,24 @@ def test_the_page_lists_what_the_index_does():
 
 
 def test_the_page_says_first_what_is_trained():
-    """Every config of the paper's models is untrained, as configs/metafile.yml says."""
+    """And what is not, as configs/metafile.yml says."""
     first = (ROOT / 'docs' / 'model_zoo.md').read_text(encoding='utf-8').split('\n\n')[1]
-    untrained = yaml.safe_load((ROOT / 'configs' / 'metafile.yml').read_text())['Models']
-    assert not any(entry['Metadata']['Trained'] for entry in untrained)
-    assert 'Not trained' in first
-    for entry in untrained:
-        assert entry['Metadata']['Training Data'] in first
-    assert ('nothing yet' in first) == (not models(ROOT))
+    trained, marked, untrained = first.partition('Not trained')
+    assert marked
+    for entry in yaml.safe_load((ROOT / 'configs' / 'metafile.yml').read_text())['Models']:
+        where = trained if entry['Metadata']['Trained'] else untrained
+        assert entry['Metadata']['Training Data'] in where
+
+
+@pytest.mark.slow
+def test_a_name_is_enough_in_a_clone(tmp_path):
+    picture = np.full((96, 128, 3), 200, np.uint8)
+    cv2.imwrite(str(tmp_path / 'image.png'), picture)
+    for name in (Path(entry['Config']).stem for entry in models(ROOT)):
+        ran = run_python('-m', 'mmlavit', 'infer', name, 'image.png', '--out', name, cwd=tmp_path)
+        assert_ran(ran)
+        found = json.loads((tmp_path / name / 'predictions.json').read_text())
+        assert [image['file_name'] for image in found['images']] == ['image.png']
 
 
 @pytest.mark.parametrize('text', ['', '<!-- models -->', '<!-- models -->\n' * 2])
@@ -203,7 +227,9 @@ train_cfg = dict(max_epochs=1)
 default_hooks = dict(checkpoint=dict(save_best=None))
 """)
     assert_ran(run_tool('train.py', config, '--work-dir', 'run', cwd=root))
+    (training_log,) = (root / 'run').glob('*/vis_data/2*.json')
     publish = ('publish_model.py', 'run/epoch_1.pth', 'checkpoints', '--half', '--data', 'shapes')
+    publish += ('--log', training_log)
     assert_ran(run_tool(*publish, cwd=root))
     (weights,) = (root / 'checkpoints').glob('*.pth')
     # The figures are of the published file.
@@ -222,7 +248,7 @@ def test_a_model_that_is_what_its_entry_says(zoo, tmp_path):
     assert faults(zoo) == []
     (entry,) = models(zoo)
     assert kind_of(entry) == 'classifier'
-    start = data_for(zoo / entry['Config'], {'here': zoo / 'data'}, tmp_path)
+    start = data_for(zoo / entry['Config'], zoo / 'data', None, tmp_path)
     found = evaluate(entry, zoo, start)
     assert differences(entry, found) == []
     for value in (found['accuracy/top1'] + 1, found['accuracy/top1'] - 1):
@@ -235,9 +261,8 @@ def test_a_model_that_is_what_its_entry_says(zoo, tmp_path):
 @pytest.mark.slow
 def test_data_that_is_not_there(zoo, tmp_path):
     config = zoo / 'configs' / 'tiny.py'
-    (tmp_path / 'empty').mkdir()
     with pytest.raises(pytest.skip.Exception, match='tiny.py needs data/shapes/imagenet.*nowhere'):
-        data_for(config, {'nowhere': tmp_path / 'empty', 'MMLAVIT_DATA': None}, tmp_path)
+        data_for(config, tmp_path / 'nowhere' / 'data', tmp_path, tmp_path)
 
 
 @pytest.mark.slow
@@ -256,9 +281,11 @@ def test_faults_are_found(zoo):
     (entry,) = models(zoo)
     entry['Metadata']['SHA256'] = '0' * 64
     gone = dict(entry, Config='configs/gone.py', Weights='checkpoints/gone.pth')
+    gone['Metadata'] = dict(entry['Metadata'], **{'Training Log': 'checkpoints/gone.json'})
     index.write_text(yaml.safe_dump(dict(Models=[entry, gone])))
     assert faults(zoo) == [
         f'{weights.name} has another SHA-256 than metafile.yml says',
+        'checkpoints/gone.json is not there',
         'checkpoints/gone.pth is not there',
         'configs/gone.py is not there',
     ]
@@ -272,6 +299,7 @@ def test_the_table_of_a_small_zoo(zoo):
     page = tool().fill_in('a\n<!-- models -->\nold\n<!-- end of models -->\nb\n', [entry])
     (line,) = (line for line in page.splitlines() if entry['Name'] in line)
     cells = [cell.strip() for cell in line.strip('|').split('|')]
+    weights = entry['Weights']
     accuracy = entry['Results'][0]['Metrics']['accuracy/top1']
     assert cells[:4] == [
         '`tiny-half`',
@@ -279,6 +307,7 @@ def test_the_table_of_a_small_zoo(zoo):
         'shapes (licence not stated)',
         f'accuracy/top1 {accuracy}',
     ]
-    assert cells[5] == 'float16' and cells[7] == f'`{entry["Weights"]}`'
+    assert '1 epochs' in cells[5] and f'[weights, float16](../{weights})' in cells[6]
+    assert f'(../{weights.removesuffix(".pth")}.log.json)' in cells[6]
     assert page.startswith('a\n') and page.endswith('\nb\n') and 'old' not in page
     assert tool().fill_in(page, [entry]) == page

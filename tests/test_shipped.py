@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from helpers import assert_ran, run_python
 from mmengine import hub
 from mmengine.config import Config
@@ -29,9 +30,16 @@ def test_names_of_configs(tmp_path, monkeypatch):
     assert config_path('lavit_t_imagenet') == ours
 
 
-def test_no_config_has_weights_yet():
-    """When this fails, README.md and docs/command_line.md have something to tell."""
-    assert [name for name, path in configs().items() if weights_of(path)] == []
+def test_configs_with_weights_are_those_of_the_model_zoo(tmp_path, monkeypatch):
+    index = yaml.safe_load((ROOT / 'checkpoints' / 'metafile.yml').read_text(encoding='utf-8'))
+    listed = {Path(model['Config']).stem: ROOT / model['Weights'] for model in index['Models']}
+    found = {name: weights_of(path) for name, path in configs().items()}
+    assert {name: Path(file) for name, file in found.items() if file} == listed
+    # However the config is named; but not another one of that name.
+    monkeypatch.chdir(ROOT)
+    for name, file in listed.items():
+        assert weights_of(Path('configs', f'{name}.py')) == str(file)
+        assert weights_of(tmp_path / f'{name}.py') is None
 
 
 @pytest.fixture
@@ -67,6 +75,16 @@ def test_mmengines_hub_builds_our_models():
     model = hub.get_model('mmlavit::retinanet_lavit_n_shapes.py')
     assert type(model).__name__ == 'RetinaNet' and isinstance(model.backbone, LaViT)
     assert type(model.data_preprocessor).__name__ == 'DetDataPreprocessor'
+
+
+@pytest.mark.usefixtures('in_mmengines_scope')
+def test_mmengines_hub_loads_the_weights_of_the_model_zoo():
+    name = 'retinanet_lavit_n_bccd'
+    model = hub.get_model(f'mmlavit::{name}.py', pretrained=True)
+    saved = torch.load(weights_of(config_path(name)), weights_only=True)['state_dict']
+    assert model.state_dict().keys() == saved.keys()
+    for key, value in model.state_dict().items():
+        torch.testing.assert_close(value, saved[key].to(value), rtol=0, atol=0)
 
 
 @pytest.mark.usefixtures('in_mmengines_scope')

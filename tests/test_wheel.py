@@ -245,40 +245,10 @@ def test_command_on_strangers_data(command: Run, project: Path) -> None:
     assert len(list((project / 'predictions' / 'pictures').iterdir())) == 2
 
 
-MAKE_WEIGHTS = """
-import cv2, numpy, torch
-from mmengine.config import Config
-from mmengine.registry import init_default_scope
-from mmlavit.compat import repair_torchvision
-from mmlavit.shipped import config_path
-repair_torchvision()
-from mmpretrain.registry import MODELS
-init_default_scope('mmpretrain')
-cfg = Config.fromfile(config_path('lavit_t_imagenet'))
-model = MODELS.build(dict(data_preprocessor=cfg.data_preprocessor, **cfg.model))
-classes = [f'kind {n}' for n in range(1000)]
-meta = dict(dataset_meta=dict(classes=classes))
-torch.save(dict(state_dict=model.state_dict(), meta=meta), 'released.pth')
-cv2.imwrite('image.jpg', numpy.zeros((64, 80, 3), numpy.uint8))
-"""
-
-
 @pytest.mark.slow
-def test_a_name_is_enough_once_there_are_weights(
-    run: Run, command: Run, package: Path, project: Path
-) -> None:
-    """As in a release whose metafile.yml says where they are."""
-    assert_ran(run('-c', MAKE_WEIGHTS))
-    metafile = package / '.mim' / 'configs' / 'metafile.yml'
-    text = metafile.read_text()
-    line = '    Config: configs/lavit_t_imagenet.py\n'
-    assert line in text
-    try:
-        metafile.write_text(text.replace(line, f'{line}    Weights: {project}/released.pth\n'))
-        ran = command('infer', 'lavit_t_imagenet', 'image.jpg', '--out', 'by_name')
-    finally:
-        metafile.write_text(text)
-    assert_ran(ran)
-    assert 'image.jpg: kind ' in ran.stdout
-    refused = command('infer', 'lavit_t_imagenet', 'image.jpg', '--out', 'again')
-    assert refused.returncode == 2 and 'without weights' in the_one_line(refused.stderr)
+def test_a_wheel_has_no_weights(command: Run) -> None:
+    """The model zoo's are in the repository; the one line says so."""
+    refused = command('infer', 'retinanet_lavit_n_bccd', 'image.jpg', '--out', 'again')
+    assert refused.returncode == 2
+    line = the_one_line(refused.stderr)
+    assert 'without weights' in line and 'checkpoints' in line

@@ -20,6 +20,7 @@ from mmlavit.compat import repair_torchvision
 
 CONFIGS = Path(__file__).resolve().parent.parent / 'configs'
 PAPERS = ' Reported by the Paper'
+TRAINED = '[trained](../docs/real_images/README.md)'
 
 # By the first word of a config's name: what it is.
 HEADS = {
@@ -142,7 +143,7 @@ def row(entry: dict) -> str:
         '{} x {}'.format(*image),
         f'{cost:.{2 if cost < 10 else 0}f} / {papers_cost}',
         papers_accuracy(entry),
-        'not trained',
+        TRAINED if entry['Metadata']['Trained'] else 'not trained',
     ]
     return f'| {" | ".join(cells)} |'
 

@@ -14,9 +14,8 @@ INDEX = ROOT / 'checkpoints' / 'metafile.yml'
 START, END = '<!-- models -->', '<!-- end of models -->'
 
 HEAD = [
-    '| model | task | trained on | figures on its test set | params M | precision | training '
-    '| weights |',
-    '|---|---|---|---|---|---|---|---|',
+    '| model | task | trained on | figures on its test set | params M | training | files |',
+    '|---|---|---|---|---|---|---|',
 ]
 NONE = 'There are no weights yet.'
 
@@ -26,16 +25,29 @@ def row(entry: dict) -> str:
     about = entry['Metadata']
     results = entry.get('Results', [])
     figures = [f'{name} {value}' for r in results for name, value in r['Metrics'].items()]
-    trained = [about.get('Training Time'), about.get('Training Resources')]
+    time = [about.get('Training Time'), about.get('Training Resources')]
+    training = [
+        f'`{about["Training Command"]}`' if 'Training Command' in about else '',
+        f'{about.get("Epochs", 0)} epochs, {about.get("Iterations", 0)} iterations',
+        f'seed {about["Seed"]}' if 'Seed' in about else '',
+        ', '.join(filter(None, time)),
+    ]
+    weights = entry['Weights']
+    files = {
+        f'weights, {about["Precision"]}': weights,
+        'card': f'{weights.removesuffix(".pth")}.md',
+        'log': about.get('Training Log'),
+        'config': entry['Config'],
+    }
+    links = [f'[{name}](../{file})' for name, file in files.items() if file]
     cells = [
         f'`{entry["Name"]}`',
         ', '.join(dict.fromkeys(result['Task'] for result in results)) or '–',
         f'{about["Training Data"]} ({about.get("Licence of the Data", "licence not stated")})',
-        ', '.join(figures) or '–',
+        '<br>'.join(figures) or '–',
         f'{about["Parameters"] / 1e6:.1f}',
-        about['Precision'],
-        ', '.join(filter(None, trained)) or '–',
-        f'`{entry["Weights"]}`',
+        '<br>'.join(filter(None, training)),
+        '<br>'.join([*links, f'SHA-256 `{about["SHA256"][:16]}…`']),
     ]
     return f'| {" | ".join(cell.replace("|", chr(92) + "|") for cell in cells)} |'
 
@@ -73,7 +85,7 @@ def main() -> None:
     except ValueError as error:
         sys.exit(f'{PAGE}: {error}')
     PAGE.write_text(page, encoding='utf-8')
-    print(f'{PAGE}: {len(entries)} models')
+    print(f'{PAGE}: {len(entries)} model{"s" * (len(entries) != 1)}')
 
 
 if __name__ == '__main__':

@@ -3,10 +3,11 @@ r"""Makes the files that are released out of a checkpoint of a training.
     python tools/publish_model.py work_dirs/demo-cls/epoch_20.pth released \
         --log work_dirs/demo-cls/*/vis_data/2*.json --data 'made-up shapes' --data-licence CC0
 
-Writes weights as NAME_DATE-HASH.pth and as .safetensors, and a model card NAME_DATE-HASH.md, into
-the folder; none of them replaces another file. Optimizer, logs, paths, users and names of machines
-stay behind; what was changed in the config is printed. Both files of weights load through
-init_cfg, load_from and the toolboxes' inferencers. The entry for a model index is printed last.
+Writes weights as NAME_DATE-HASH.pth and as .safetensors, a model card NAME_DATE-HASH.md, and, if
+--log names it, the training's log NAME_DATE-HASH.log.json into the folder; none of them replaces
+another file. Optimizer, paths, users and names of machines stay behind; what was changed in the
+config is printed. Both files of weights load through init_cfg, load_from and the toolboxes'
+inferencers. The entry for a model index is printed last.
 """
 
 from __future__ import annotations
@@ -79,8 +80,9 @@ def parse_args() -> argparse.Namespace:
         nargs='+',
         default=[],
         metavar='FILE',
-        help='figures of the validation at this checkpoint, and the time that the training took: '
-        'TIME/vis_data/TIME.json, all of them in their order if it was resumed',
+        help='TIME/vis_data/TIME.json of the training, all of them in their order if it was '
+        'resumed: the log is published beside the weights, and the card says the figures of the '
+        'validation at this checkpoint and the time that the training took',
     )
     args = parser.parse_args()
     if args.test_log and args.metric:
@@ -101,6 +103,7 @@ def main() -> None:
         model_card,
         read_test_log,
         read_training_log,
+        training_log,
     )
     from mmlavit.export.privacy import Privacy
     from mmlavit.export.publish import prepare, write
@@ -118,6 +121,9 @@ def main() -> None:
         validation, point, seconds = (
             read_training_log(args.log, release.meta) if args.log else ({}, '', None)
         )
+        files = release.files()
+        stem = next(name for name in files).removesuffix('.pth')
+        beside = {f'{stem}.log.json': training_log(args.log)} if args.log else {}
         facts = Facts(
             data=args.data,
             data_licence=args.data_licence,
@@ -127,14 +133,13 @@ def main() -> None:
             validation=validation,
             validated_at=point,
             seconds=seconds,
+            log=next(iter(beside), ''),
         )
         facts.check(privacy)
-        files = release.files()
-        card = next(name for name in files).removesuffix('.pth') + '.md'
         entry = metafile_entry(release, files, facts)
-        content = model_card(release, files, facts).encode()
+        beside[f'{stem}.md'] = model_card(release, files, facts).encode()
         # The weights last: where they are, all is there.
-        paths = write(args.folder, {card: content, **dict(reversed(files.items()))})
+        paths = write(args.folder, {**beside, **dict(reversed(files.items()))})
     except (MMLaViTError, ImportError, OSError) as error:
         print(f'mmlavit: {error}', file=sys.stderr)
         sys.exit(2)

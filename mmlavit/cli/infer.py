@@ -105,7 +105,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if checkpoint is None:
         raise MMLaViTError(
             f'{args.config} comes without weights: give a checkpoint before the input, or '
-            "'none' for a model that is not trained"
+            "'none' for a model that is not trained (those of the model zoo are in the folder "
+            'checkpoints of the repository, and in no wheel)'
         )
     if args.out.exists() and not args.out.is_dir():
         raise MMLaViTError(f'--out {args.out} is a file; name a folder')

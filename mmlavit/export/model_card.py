@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,6 +47,7 @@ class Facts:
         validation: Figures on the validation set, of this very checkpoint.
         validated_at: When those were measured, in words; empty where nothing was.
         seconds: How long the iterations of the training took.
+        log: The file beside the weights that has the log; empty where there is none.
     """
 
     data: str = ''
@@ -56,6 +58,7 @@ class Facts:
     validation: Mapping[str, float] | None = None
     validated_at: str = ''
     seconds: float | None = None
+    log: str = ''
 
     def check(self, privacy: Privacy) -> None:
         """Refuse what is not to be published.
@@ -131,6 +134,26 @@ def read_training_log(
     return found, point, seconds
 
 
+def training_log(files: Sequence[str | Path]) -> bytes:
+    """The log of a training as it is published: its numbers, a line of JSON each time.
+
+    Args:
+        files: As for :func:`read_training_log`.
+
+    Returns:
+        The content of one file.
+
+    Raises:
+        PublishError: If a file is not there or is no log.
+    """
+    lines = (line for file in files for line in _read_lines(Path(file)))
+    numbers = (
+        {name: value for name, value in line.items() if isinstance(value, int | float)}
+        for line in lines
+    )
+    return ''.join(f'{json.dumps(line)}\n' for line in numbers).encode()
+
+
 def _read_lines(file: Path) -> list[dict]:
     try:
         texts = file.expanduser().read_text(encoding='utf-8').splitlines()
@@ -177,6 +200,8 @@ def metafile_entry(release: Release, files: Mapping[str, bytes], facts: Facts) -
         'Seed': meta.get('seed'),
         'Training Time': _duration(facts.seconds),
         'Training Resources': facts.hardware,
+        'Training Command': facts.command,
+        'Training Log': f'checkpoints/{facts.log}' if facts.log else '',
         'Parameters': _parameters(release),
         'Precision': meta.get('precision', 'float32'),
         'SHA256': sha256(files[weights]),
@@ -236,8 +261,9 @@ def model_card(release: Release, files: Mapping[str, bytes], facts: Facts) -> st
         'seed': meta.get('seed'),
         'command': f'`{facts.command}`' if facts.command else 'not recorded',
         'time': _time(facts),
+        'log': f'`{facts.log}`' if facts.log else '',
         'weights saved': f'{meta["time"][:4]}-{meta["time"][4:6]}-{meta["time"][6:8]}',
-        'trained with': f'MMEngine {meta.get("mmengine_version", "of an unknown version")}',
+        'trained with': _trained_with(meta),
         'published with': f'mmlavit {meta["mmlavit_version"]}',
     }
     lines = [f'# {release.name}', '', f'{what}, trained on {trained_on}.', '']
@@ -247,6 +273,16 @@ def model_card(release: Release, files: Mapping[str, bytes], facts: Facts) -> st
     lines += _table(('', ''), known)
     lines += ['## Use', '', *_use(release, files, config)]
     return '\n'.join(lines)
+
+
+def _trained_with(meta: Mapping[str, Any]) -> str:
+    """MMEngine's version, and the commit that it appends: of the folder the training began in."""
+    found = re.fullmatch(r'(.+?)([0-9a-f]{40}|unknown)?', str(meta.get('mmengine_version') or ''))
+    if not found:
+        return 'MMEngine of an unknown version'
+    version, commit = found.groups()
+    known = commit and commit != 'unknown'
+    return f'MMEngine {version}' + (f', in a repository at commit {commit[:8]}' if known else '')
 
 
 def read_literals(config: str) -> dict[str, Any]:

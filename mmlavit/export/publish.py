@@ -43,7 +43,8 @@ class Release:
     """A model as it is published.
 
     Attributes:
-        name: The name of its config, with ``-backbone`` or ``-half`` where it is.
+        name: What it was asked to be called, or the name of its config, with ``-backbone`` or
+            ``-half`` where it is.
         checkpoint: ``meta``, of plain Python values, and ``state_dict``.
         changes: What is different in the config.
     """
@@ -104,7 +105,8 @@ def prepare(
             themselves are, so float32 weights are rounded to 11 bits and otherwise as before.
         ema: Where ``EMAHook`` averaged weights: True takes the averages, False the weights of the
             last step. None where there is no choice.
-        name: What the model is called; by default as its config.
+        name: What the model is called; by default as its config, with ``-backbone`` or ``-half``
+            where it is.
         privacy: What is private; by default this machine's user and name.
 
     Returns:
@@ -133,12 +135,12 @@ def prepare(
         weights = _of_backbone(weights, path)
     weights = _finished(weights, half, path)
     config, changes = privacy.clean_config(meta['cfg'])
-    name = privacy.clean_text(name or _name_of(meta, path), 'the name of the model')
-    if not _NAME.fullmatch(name):
-        raise PublishError(f'name must be of letters, digits and .+-_, got {name!r}')
+    called = privacy.clean_text(name or _name_of(meta, path), 'the name of the model')
+    if not _NAME.fullmatch(called):
+        raise PublishError(f'name must be of letters, digits and .+-_, got {called!r}')
     published = dict(
         cfg=config,
-        name=name,
+        name=called,
         part=meta.get('part') if not backbone else 'backbone',
         precision=meta.get('precision') if not half else 'float16',
         weights=meta.get('weights') if ema is None else ('ema' if ema else 'last step'),
@@ -149,9 +151,10 @@ def prepare(
         if meta.get(key) is not None:
             published[key] = _plain(meta[key], key, privacy)
     kept = {key: value for key, value in published.items() if value is not None}
-    suffix = '-backbone' * (kept.get('part') == 'backbone')
-    suffix += '-half' * (kept.get('precision') == 'float16')
-    return Release(name + suffix, dict(meta=kept, state_dict=weights), changes)
+    if not name:
+        called += '-backbone' * (kept.get('part') == 'backbone')
+        called += '-half' * (kept.get('precision') == 'float16')
+    return Release(called, dict(meta=kept, state_dict=weights), changes)
 
 
 def write(folder: str | Path, files: Mapping[str, bytes]) -> list[Path]:

@@ -12,6 +12,8 @@ from mmdet.visualization import DetLocalVisualizer
 from mmdet.visualization.palette import get_palette
 from mmengine.structures import InstanceData
 
+from .colours import class_colours
+
 # Of an average letter, in heights of the font.
 _LETTER = 0.62
 # Of RGB, how bright each looks (ITU-R BT.601).
@@ -49,8 +51,13 @@ class ClassColourVisualizer(DetLocalVisualizer):
         labels = [int(label) for label in instances.labels]
         if not labels:
             return self.get_image()
-        palette = get_palette(palette or 'random', max(labels) + 1)
-        colors = [tuple(int(value) for value in palette[label]) for label in labels]
+        number = len(classes) if classes is not None else max(labels) + 1
+        if isinstance(palette, list | None):
+            all_colors = class_colours(number, palette)
+        else:
+            # A name, or one colour for all.
+            all_colors = get_palette(palette, number)
+        colors = [tuple(int(value) for value in all_colors[label]) for label in labels]
         # A model of masks alone has boxes of zeros.
         boxes = instances.bboxes if 'bboxes' in instances and instances.bboxes.any() else None
         if 'masks' in instances:

@@ -23,6 +23,7 @@ from ..analysis.loading import one_line
 from ..engine.checkpoint_file import dataset_meta_of, read_anywhere
 from ..engine.launch import read_scope, require_package
 from ..errors import MMLaViTError
+from .colours import class_colours
 from .sources import Image
 
 # How many classes are kept of an image that is classified.
@@ -117,7 +118,7 @@ class Detector(Predictor):
     def name_classes(self, meta: Mapping[str, Any]) -> None:
         """Take the names of classes; colours that the config has go first."""
         super().name_classes(meta)
-        palette = self.model.dataset_meta.get('palette', 'random')
+        palette = self.model.dataset_meta.get('palette')
         self.model.dataset_meta = {'classes': self.classes or None, 'palette': palette}
         self.by.visualizer.dataset_meta = self.model.dataset_meta
 
@@ -193,10 +194,7 @@ class Segmentor(Predictor):
         super().name_classes(meta)
         number = self.model.num_classes
         names = [self.call(label) for label in range(number)]
-        self.palette = list(meta.get('palette') or ())
-        if len(self.palette) != number:
-            colours = np.random.default_rng(0).integers(0, 256, (number, 3))
-            self.palette = colours.tolist()
+        self.palette = [list(rgb) for rgb in class_colours(number, meta.get('palette'))]
         self.by.visualizer.set_dataset_meta(names, self.palette)
 
     def draw(self, pixels: np.ndarray, sample: Any) -> np.ndarray:

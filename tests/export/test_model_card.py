@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import OrderedDict
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from mmlavit.export.model_card import (
     read_literals,
     read_test_log,
     read_training_log,
+    training_log,
 )
 from mmlavit.export.publish import PublishError, Release
 
@@ -82,6 +84,13 @@ def test_seconds_up_to_this_checkpoint(tmp_path):
     assert seconds == 10 * 1.0 + 10 * 2.0 + 5 * 4.0 + 5 * 0.5 + 10 * 0.5
     only = write(tmp_path / '3.json', val(0, mIoU=1.0))
     assert read_training_log([only], dict(epoch=0, iter=40))[2] is None
+
+
+def test_a_log_is_published_by_its_numbers(tmp_path):
+    lines = [step(10, 1.0), val(1, mIoU=0.5), step(20, 2.0)]
+    first = write(tmp_path / '1.json', *(line | {'host': 'mine'} for line in lines[:2]))
+    second = write(tmp_path / '2.json', lines[2])
+    assert [json.loads(line) for line in training_log([first, second]).splitlines()] == lines
 
 
 def test_figures_of_a_test(tmp_path):
@@ -200,6 +209,15 @@ def test_a_card_says_what_is_not_known():
     assert 'seed' not in rows and 'classes' not in rows
     text = model_card(release(), FILES, Facts(validated_at='epoch 3'))
     assert 'no validation at epoch 3' in text
+
+
+@pytest.mark.parametrize('appended', ['', 'unknown', '6edcf04e7a353b0708a325bb9b4877194eaf6cd9'])
+def test_the_version_is_told_from_what_mmengine_appends(appended):
+    """MMEngine saves its version and a commit as one word."""
+    text = model_card(release(mmengine_version='0.10.12' + appended), FILES, Facts())
+    trained_with = dict(tables(text)[-1][1:])['trained with']
+    assert re.match(r'MMEngine 0\.10\.12(?![\w.])', trained_with)
+    assert ('commit 6edcf04e' in trained_with) == (len(appended) == 40)
 
 
 def test_a_backbones_figures_are_of_the_whole_model():

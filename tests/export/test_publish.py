@@ -258,6 +258,8 @@ def test_half_precision_is_half_the_size_and_as_near_as_it_can_be(training, rele
     """Loaded into a float32 model, which then is the same as if it was rounded by hand."""
     release = prepare(training.file, ema=True, half=True)
     paths = write(tmp_path, release.files())
+    named = prepare(training.file, ema=True, half=True, name='tiny_lavit_shapes')
+    assert named.name == 'tiny_lavit_shapes'  # a name that is asked for stays as it is
     for path, whole in zip(paths, released.paths, strict=True):
         assert path.name.startswith('tiny_lavit_shapes-half_')
         # What does not shrink is names and config.
@@ -420,8 +422,12 @@ def test_the_command(training, released, tmp_path):
     )
     names = {path.name for path in (tmp_path / 'out').iterdir()}
     (card,) = (name for name in names if name.endswith('.md'))
-    assert names == {card, *(path.name for path in released.paths)}
+    log = f'{Path(card).stem}.log.json'
+    assert names == {card, log, *(path.name for path in released.paths)}
     assert f'{Path(card).stem}.pth' in names
+    lines = training.log.read_text().splitlines()
+    published = (tmp_path / 'out' / log).read_text().splitlines()
+    assert [json.loads(line) for line in published] == [json.loads(line) for line in lines]
     text = (tmp_path / 'out' / card).read_text()
     for path in released.paths:
         content = path.read_bytes()

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
+from mmdet.datasets import CocoDataset
 from mmdet.structures import DetDataSample
 from mmdet.structures.mask import BitmapMasks
 from mmengine.structures import InstanceData
 
+from mmlavit.inference.colours import class_colours
 from mmlavit.inference.drawing import ClassColourVisualizer
 
 PALETTE = [(250, 40, 40), (40, 200, 40), (40, 40, 250)]
@@ -89,6 +93,26 @@ def test_labels_of_one_place_are_not_over_each_other():
     # Letters are white.
     counts = [(picture.min(-1) > 230).sum() for picture in (one, three)]
     assert counts[1] > 2.5 * counts[0] > 0
+
+
+@pytest.mark.parametrize('number', [1, 3, 10, 35, 80])
+def test_colours_can_be_told_apart_and_stay_with_more_classes(number):
+    colours = class_colours(number)
+    assert len(set(colours)) == number and class_colours(number + 7)[:number] == colours
+    pairs = itertools.combinations(np.array(colours[:10]), 2)
+    assert min((np.abs(a - b).sum() for a, b in pairs), default=255) > 60
+    assert class_colours(2, [[1, 2, 3], [4, 5, 6]]) == [(1, 2, 3), (4, 5, 6)]
+
+
+def test_a_palette_of_other_classes_is_none():
+    """Three classes of one's own in a CocoDataset inherit the colours of its eighty."""
+    found = instances([[100, 100, 200, 200]], [0])
+    inherited = draw(found, palette=CocoDataset.METAINFO['palette'])
+    assert (inherited == draw(found, palette=None)).all()
+    assert (inherited != draw(found)).any()
+    # What else mmdet takes for a palette.
+    for palette in ('voc', 'random', (10, 20, 30)):
+        assert changed_around(draw(found, palette=palette))[1] < 100
 
 
 def test_all_that_mmdet_draws():
