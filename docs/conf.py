@@ -194,6 +194,9 @@ def site_links(text: str, source: str, page: str) -> str:
             role = 'py:obj' if anchor else 'py:mod'
             return f'{{{role}}}`{label.replace("`", "")} <{name}>`'
         here = posixpath.dirname(posixpath.join('docs', page))
+        if path.endswith('.md') and path not in borrowed and not path.startswith('docs/'):
+            # Only pages of the site are linked as such; a model card is not one.
+            return f'{{download}}`{label} <{posixpath.relpath(path, here)}>`'
         path = posixpath.relpath(f'docs/{borrowed[path]}' if path in borrowed else path, here)
         return f'{start}[{label}]({path}{"#" * bool(anchor)}{anchor})'
 

@@ -1,4 +1,4 @@
-"""Writes the table of docs/model_zoo.md: the weights that checkpoints/metafile.yml lists."""
+"""Writes the tables of docs/model_zoo.md: the weights that checkpoints/metafile.yml lists."""
 
 from __future__ import annotations
 
@@ -13,52 +13,48 @@ PAGE = ROOT / 'docs' / 'model_zoo.md'
 INDEX = ROOT / 'checkpoints' / 'metafile.yml'
 START, END = '<!-- models -->', '<!-- end of models -->'
 
-HEAD = [
-    '| model | task | trained on | figures on its test set | params M | training | files |',
-    '|---|---|---|---|---|---|---|',
-]
 NONE = 'There are no weights yet.'
 
 
-def row(entry: dict) -> str:
-    """The line of one model, from its entry in the index."""
+def section(entry: dict) -> str:
+    """What the page says of one model, from its entry in the index."""
     about = entry['Metadata']
     results = entry.get('Results', [])
     figures = [f'{name} {value}' for r in results for name, value in r['Metrics'].items()]
-    time = [about.get('Training Time'), about.get('Training Resources')]
     training = [
-        f'`{about["Training Command"]}`' if 'Training Command' in about else '',
-        f'{about.get("Epochs", 0)} epochs, {about.get("Iterations", 0)} iterations',
+        f'{about["Epochs"]} epochs' if about.get('Epochs') else '',
+        f'{about["Iterations"]} iterations' if about.get('Iterations') else '',
         f'seed {about["Seed"]}' if 'Seed' in about else '',
-        ', '.join(filter(None, time)),
+        about.get('Training Time', ''),
+        about.get('Training Resources', ''),
     ]
     weights = entry['Weights']
     files = {
-        f'weights, {about["Precision"]}': weights,
+        f'weights in {about["Precision"]}': weights,
         'card': f'{weights.removesuffix(".pth")}.md',
-        'log': about.get('Training Log'),
+        "training's log": about.get('Training Log'),
         'config': entry['Config'],
     }
-    links = [f'[{name}](../{file})' for name, file in files.items() if file]
-    cells = [
-        f'`{entry["Name"]}`',
-        ', '.join(dict.fromkeys(result['Task'] for result in results)) or '–',
-        f'{about["Training Data"]} ({about.get("Licence of the Data", "licence not stated")})',
-        '<br>'.join(figures) or '–',
-        f'{about["Parameters"] / 1e6:.1f}',
-        '<br>'.join(filter(None, training)),
-        '<br>'.join([*links, f'SHA-256 `{about["SHA256"][:16]}…`']),
-    ]
-    return f'| {" | ".join(cell.replace("|", chr(92) + "|") for cell in cells)} |'
-
-
-def table(entries: list[dict]) -> str:
-    """The table in Markdown, or what stands in its place."""
-    return '\n'.join([*HEAD, *map(row, entries)]) if entries else NONE
+    rows = {
+        'task': ', '.join(dict.fromkeys(result['Task'] for result in results)),
+        'trained on': about['Training Data'],
+        'licence of the data': about.get('Licence of the Data', 'not stated'),
+        'on its test set': ', '.join(figures),
+        'parameters': f'{about["Parameters"] / 1e6:.1f} M',
+        'training': ', '.join(filter(None, training)),
+        'command': f'`{about["Training Command"]}`' if 'Training Command' in about else '',
+        'files': ', '.join(f'[{name}](../{file})' for name, file in files.items() if file),
+        'SHA-256': f'`{about["SHA256"]}`',
+    }
+    lines = [f'## `{entry["Name"]}`', '', '| | |', '|---|---|']
+    for name, text in rows.items():
+        if text:
+            lines.append(f'| {name} | {text.replace("|", chr(92) + "|")} |')
+    return '\n'.join(lines)
 
 
 def fill_in(page: str, entries: list[dict]) -> str:
-    """A page with the table between its marks.
+    """A page with the models between its marks.
 
     Args:
         page: The page, in Markdown.
@@ -73,7 +69,8 @@ def fill_in(page: str, entries: list[dict]) -> str:
     if page.count(START) != 1 or page.count(END) != 1:
         raise ValueError(f'the page must have {START} and {END} once each')
     before, _, rest = page.partition(START)
-    return f'{before}{START}\n\n{table(entries)}\n\n{END}{rest.partition(END)[2]}'
+    text = '\n\n'.join(map(section, entries)) or NONE
+    return f'{before}{START}\n\n{text}\n\n{END}{rest.partition(END)[2]}'
 
 
 def main() -> None:

@@ -26,6 +26,8 @@ def class_colours(
     """
     if palette and len(palette) == number:
         return [(int(red), int(green), int(blue)) for red, green, blue in palette]
-    ten, hues = colormaps['tab10'].colors, colormaps['hsv']
-    chosen = [ten[i] if i < len(ten) else hues(i * _GOLDEN % 1)[:3] for i in range(number)]
-    return [tuple(round(255 * part) for part in rgb) for rgb in chosen]
+    ten, hues = colormaps['tab10'], colormaps['hsv']
+    chosen = [ten(i) if i < ten.N else hues(i * _GOLDEN % 1) for i in range(number)]
+    return [
+        (round(255 * red), round(255 * green), round(255 * blue)) for red, green, blue, _ in chosen
+    ]
