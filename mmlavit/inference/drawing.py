@@ -14,8 +14,8 @@ from mmengine.structures import InstanceData
 
 from .colours import class_colours
 
-# Of an average letter, in heights of the font.
-_LETTER = 0.62
+# Of an average letter, and of what is around a label, in heights of the font.
+_LETTER, _AROUND = 0.62, 0.6
 # Of RGB, how bright each looks (ITU-R BT.601).
 _BRIGHTNESS = np.array([0.299, 0.587, 0.114])
 
@@ -93,7 +93,7 @@ class ClassColourVisualizer(DetLocalVisualizer):
         pixels = points * self.dpi / 72
         taken: list[Box] = []
         for (left, top, right, _), text, color in zip(boxes, texts, colors, strict=True):
-            width, height = _LETTER * pixels * len(text), 1.5 * pixels
+            width, height = (_LETTER * len(text) + _AROUND) * pixels, 1.5 * pixels
             if (left + right) / 2 > size[1] / 2:
                 left = right - width
             left = min(max(left, 0), max(size[1] - width, 0))

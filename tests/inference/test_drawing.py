@@ -69,19 +69,21 @@ def changed_around(picture: np.ndarray) -> tuple[int, int, int, int]:
     return columns[0], rows[0], columns[-1] + 1, rows[-1] + 1
 
 
+@pytest.mark.parametrize('name', ['three', 'RBC'])  # capitals are wide
 @pytest.mark.parametrize('corner', [(0, 0), (392, 0), (0, 292), (392, 292)])
-def test_the_label_of_a_small_object_is_whole_and_large(corner):
+def test_the_label_of_a_small_object_is_whole_and_large(corner, name):
     """As large as that of a large one, also where the object is in a corner."""
     x, y = corner
-    small = draw(instances([[x, y, x + 8, y + 8]], [2], masks=False))
-    plain = draw(instances([[150, 100, 158, 108]], [2], masks=False))
+    classes = ('one', 'two', name)
+    small = draw(instances([[x, y, x + 8, y + 8]], [2], masks=False), classes=classes)
+    plain = draw(instances([[150, 100, 158, 108]], [2], masks=False), classes=classes)
     sizes = []
     for picture in (small, plain):
         ink = (np.abs(picture - PALETTE[2]).sum(-1) > 60) & (picture.min(-1) > 180)
         rows, columns = np.nonzero(ink)
         sizes.append((np.ptp(rows), np.ptp(columns)))
     assert sizes[0] == pytest.approx(sizes[1], abs=2)
-    assert sizes[0][0] >= 9 and sizes[0][1] >= 25, 'in pixels'
+    assert sizes[0][0] >= 8 and sizes[0][1] >= 20, 'in pixels'
 
 
 def test_labels_of_one_place_are_not_over_each_other():

@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from mmlavit.engine.checkpoint_file import guard_checkpoints
 from mmlavit.evaluation.dsb2018 import DSB2018Metric
+from mmlavit.inference.drawing import ClassColourVisualizer
 
 from .tasks import TASKS
 from .training import committed
@@ -131,7 +132,10 @@ def draw(task: str, checkpoint: Path, out: Path, count: int = 3) -> Path:
     with tempfile.TemporaryDirectory() as folder, scope:
         cfg.work_dir = folder
         # One of the config's name would be kept for the process, with its folder.
-        visualizer = VISUALIZERS.build({**cfg.visualizer, 'name': folder, 'save_dir': folder})
+        drawn_by = dict(type=ClassColourVisualizer) if cfg.default_scope == 'mmdet' else {}
+        visualizer = VISUALIZERS.build(
+            {**cfg.visualizer, **drawn_by, 'name': folder, 'save_dir': folder}
+        )
         cfg.visualizer = None
         runner = Runner.from_cfg(cfg)
         keep = _Keep(score, len(runner.build_dataloader(cfg.test_dataloader).dataset))
