@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import itertools
 import json
 import os
 from collections.abc import Iterator
@@ -191,13 +192,21 @@ def test_the_page_says_first_what_is_trained():
 
 @pytest.mark.slow
 def test_a_name_is_enough_in_a_clone(tmp_path):
-    picture = np.full((96, 128, 3), 200, np.uint8)
+    # As cells look: pale discs, and one that is dark.
+    picture = np.full((360, 480, 3), (200, 205, 205), np.uint8)
+    for x, y in itertools.product(range(60, 480, 120), range(60, 360, 120)):
+        cv2.circle(picture, (x, y), 28, (150, 150, 190), -1, cv2.LINE_AA)
+    cv2.circle(picture, (240, 180), 45, (150, 60, 110), -1, cv2.LINE_AA)
     cv2.imwrite(str(tmp_path / 'image.png'), picture)
-    for name in (Path(entry['Config']).stem for entry in models(ROOT)):
-        ran = run_python('-m', 'mmlavit', 'infer', name, 'image.png', '--out', name, cwd=tmp_path)
-        assert_ran(ran)
-        found = json.loads((tmp_path / name / 'predictions.json').read_text())
-        assert [image['file_name'] for image in found['images']] == ['image.png']
+    for entry in models(ROOT):
+        name, found = Path(entry['Config']).stem, []
+        for weights in ([], [ROOT / entry['Weights']], ['none']):
+            out = f'{name}-{len(found)}'
+            command = ['mmlavit', 'infer', name, *weights, 'image.png', '--out', out]
+            assert_ran(run_python('-m', *command, '--no-pictures', cwd=tmp_path))
+            found.append(json.loads((tmp_path / out / 'predictions.json').read_text()))
+        assert found[0] == found[1] != found[2]
+        assert any(box['score'] > 0.5 for box in found[0]['annotations'])
 
 
 @pytest.mark.parametrize('text', ['', '<!-- models -->', '<!-- models -->\n' * 2])

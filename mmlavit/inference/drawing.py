@@ -52,7 +52,9 @@ class ClassColourVisualizer(DetLocalVisualizer):
         if not labels:
             return self.get_image()
         number = len(classes) if classes is not None else max(labels) + 1
-        if isinstance(palette, list | None):
+        if palette is None or palette == 'random':
+            all_colors = class_colours(number)
+        elif isinstance(palette, list):
             all_colors = class_colours(number, palette)
         else:
             # A name, or one colour for all.

@@ -123,7 +123,9 @@ def test_detector_and_int8(tmp_path: Path) -> None:
 
     run_example('quantize_dynamic', tmp_path)
     whole, small = (tmp_path / name for name in ('detector.onnx', 'detector_int8.onnx'))
-    assert small.stat().st_size < 0.9 * whole.stat().st_size
+    linear = sum(m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Linear))
+    # Of four bytes of each weight one is left, and the file gains nodes.
+    assert whole.stat().st_size - small.stat().st_size > 0.7 * 3 * linear
     x = x.flip(0)[None].numpy()
     boxes, scores = onnxruntime.InferenceSession(whole).run(None, {'image': x})
     boxes_int8, scores_int8 = onnxruntime.InferenceSession(small).run(None, {'image': x})
