@@ -15,10 +15,10 @@ from .compat import (
     require_mmengine,
     serve_config_bases,
 )
-from .models import ARCHS, LaViT, diagonality_preserving_loss
+from .models import ARCHS, LaViT, LogitAdjustedLoss, diagonality_preserving_loss
 from .version import __version__ as __version__
 
-__all__ = ['ARCHS', 'LaViT', 'diagonality_preserving_loss']
+__all__ = ['ARCHS', 'LaViT', 'LogitAdjustedLoss', 'diagonality_preserving_loss']
 
 #: What needs MMEngine, by the module that has it; imported when it is asked for.
 _OF_MMENGINE = {

@@ -144,6 +144,7 @@ ours = {
 assert callable(ours.pop(('strategy', 'mmengine', 'ResumableFSDPStrategy')))
 assert ours == {
     ('model', 'mmengine', 'LaViT'): mmlavit.LaViT,
+    ('model', 'mmengine', 'LogitAdjustedLoss'): mmlavit.LogitAdjustedLoss,
     ('hook', 'mmengine', 'DiagonalityLossHook'): mmlavit.DiagonalityLossHook,
     ('hook', 'mmengine', 'AttentionHealthHook'): mmlavit.AttentionHealthHook,
     ('hook', 'mmengine', 'AttentionVisualizationHook'): mmlavit.AttentionVisualizationHook,

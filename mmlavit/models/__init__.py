@@ -3,5 +3,6 @@
 from .arch import ARCHS
 from .diagonality import diagonality_preserving_loss
 from .lavit import LaViT
+from .logit_adjusted_loss import LogitAdjustedLoss
 
-__all__ = ['ARCHS', 'LaViT', 'diagonality_preserving_loss']
+__all__ = ['ARCHS', 'LaViT', 'LogitAdjustedLoss', 'diagonality_preserving_loss']
