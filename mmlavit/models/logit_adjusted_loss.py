@@ -43,13 +43,13 @@ class LogitAdjustedLoss(nn.Module):
         loss_name: str = 'loss_ce',
     ) -> None:
         super().__init__()
-        if isinstance(class_weight, str) or not isinstance(class_weight, Sequence):
+        if not isinstance(class_weight, Sequence) or any(
+            isinstance(weight, bool) or not isinstance(weight, (int, float))
+            for weight in class_weight
+        ):
             raise TypeError(
                 f'class_weight must be a list of numbers, a class each, got {class_weight!r}'
             )
-        for weight in class_weight:
-            if isinstance(weight, bool) or not isinstance(weight, (int, float)):
-                raise TypeError(f'class_weight must be a list of numbers, got {weight!r} in it')
         if not class_weight or not all(0 < weight < math.inf for weight in class_weight):
             raise ValueError(
                 f'class_weight must be positive numbers, a class each, got {class_weight!r}'
