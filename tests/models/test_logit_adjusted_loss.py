@@ -47,6 +47,7 @@ def test_equal_weights_are_the_cross_entropy():
     scores, labels = scores_and_labels()
     plain = F.cross_entropy(scores, labels, ignore_index=IGNORED)
     assert float(LogitAdjustedLoss([1, 1, 1])(scores, labels)) == pytest.approx(float(plain))
+    assert float(LogitAdjustedLoss()(scores, labels)) == pytest.approx(float(plain))
 
 
 def test_what_is_learned_are_the_frequencies():
