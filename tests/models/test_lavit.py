@@ -448,23 +448,25 @@ def test_layer_depth_follows_the_forward_pass(options):
 def test_mmpretrains_layer_decay_reaches_every_parameter():
     pytest.importorskip('mmpretrain')
     from mmengine.optim import build_optim_wrapper
+    from mmengine.registry import DefaultScope
     from mmpretrain.models import ImageClassifier
     from mmpretrain.utils import register_all_modules
 
-    register_all_modules(init_default_scope=True)
-    model = ImageClassifier(
-        backbone=dict(type='LaViT', arch=ARCH, out_indices=(3,)),
-        neck=dict(type='GlobalAveragePooling'),
-        head=dict(type='LinearClsHead', num_classes=5, in_channels=64),
-    )
-    wrapper = build_optim_wrapper(
-        model,
-        dict(
-            optimizer=dict(type='AdamW', lr=1.0, weight_decay=0.05),
-            constructor='LearningRateDecayOptimWrapperConstructor',
-            paramwise_cfg=dict(layer_decay_rate=0.5),
-        ),
-    )
+    register_all_modules(init_default_scope=False)
+    with DefaultScope.overwrite_default_scope('mmpretrain'):
+        model = ImageClassifier(
+            backbone=dict(type='LaViT', arch=ARCH, out_indices=(3,)),
+            neck=dict(type='GlobalAveragePooling'),
+            head=dict(type='LinearClsHead', num_classes=5, in_channels=64),
+        )
+        wrapper = build_optim_wrapper(
+            model,
+            dict(
+                optimizer=dict(type='AdamW', lr=1.0, weight_decay=0.05),
+                constructor='LearningRateDecayOptimWrapperConstructor',
+                paramwise_cfg=dict(layer_decay_rate=0.5),
+            ),
+        )
     rates = {g['param_name']: g['lr'] for g in wrapper.optimizer.param_groups}
     assert rates.keys() == dict(model.named_parameters()).keys()
     assert rates['head.fc.weight'] == 1.0

@@ -111,22 +111,23 @@ def test_other_classes_are_refused():
 
 def test_a_head_of_mmseg_trains_with_it():
     """Its loss is the naive one of what the head gives, and it has no weights in prediction."""
+    from mmengine.registry import DefaultScope
     from mmengine.structures import PixelData
     from mmseg.registry import MODELS
     from mmseg.structures import SegDataSample
     from mmseg.utils import register_all_modules
 
-    register_all_modules(init_default_scope=True)
+    register_all_modules(init_default_scope=False)
     torch.manual_seed(0)
-    head = MODELS.build(
-        dict(
-            type='FCNHead',
-            in_channels=4,
-            channels=4,
-            num_classes=3,
-            loss_decode=dict(type='LogitAdjustedLoss', class_weight=WEIGHT),
-        )
-    ).eval()
+    config = dict(
+        type='FCNHead',
+        in_channels=4,
+        channels=4,
+        num_classes=3,
+        loss_decode=dict(type='LogitAdjustedLoss', class_weight=WEIGHT),
+    )
+    with DefaultScope.overwrite_default_scope('mmseg'):
+        head = MODELS.build(config).eval()
     _, labels = scores_and_labels()
     features = [torch.randn(2, 4, 4, 5, generator=seeded(1))]
     samples = [

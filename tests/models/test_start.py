@@ -176,19 +176,21 @@ def test_pretrained_weights_are_not_drawn_anew(tmp_path):
 def build_classifier(**backbone: object) -> nn.Module:
     """A classifier as mmpretrain's configs of Swin make it, with LaViT-nano."""
     pytest.importorskip('mmpretrain')
+    from mmengine.registry import DefaultScope
     from mmpretrain.registry import MODELS
 
     print('seed 0')
     torch.manual_seed(0)
-    return MODELS.build(
-        dict(
-            type='mmpretrain.ImageClassifier',
-            backbone=dict(type='LaViT', arch='nano', out_indices=(3,), **backbone),
-            neck=dict(type='GlobalAveragePooling'),
-            head=dict(type='LinearClsHead', num_classes=100, in_channels=320, init_cfg=None),
-            init_cfg=[
-                dict(type='TruncNormal', layer='Linear', std=0.02, bias=0.0),
-                dict(type='Constant', layer='LayerNorm', val=1.0, bias=0.0),
-            ],
-        )
+    config = dict(
+        type='ImageClassifier',
+        backbone=dict(type='LaViT', arch='nano', out_indices=(3,), **backbone),
+        neck=dict(type='GlobalAveragePooling'),
+        head=dict(type='LinearClsHead', num_classes=100, in_channels=320, init_cfg=None),
+        init_cfg=[
+            dict(type='TruncNormal', layer='Linear', std=0.02, bias=0.0),
+            dict(type='Constant', layer='LayerNorm', val=1.0, bias=0.0),
+        ],
     )
+    # What it is made of is looked up in the scope that another test may have left.
+    with DefaultScope.overwrite_default_scope('mmpretrain'):
+        return MODELS.build(config)
