@@ -192,17 +192,21 @@ def test_the_page_says_first_what_is_trained():
 
 @pytest.mark.slow
 def test_a_name_is_enough_in_a_clone(tmp_path):
-    # As cells look: pale discs, and one that is dark.
-    picture = np.full((360, 480, 3), (200, 205, 205), np.uint8)
+    # As cells look in a smear: pale discs, and one that is dark. As stained nuclei do: they shine.
+    cells = np.full((360, 480, 3), (200, 205, 205), np.uint8)
+    nuclei = np.full((256, 256, 3), 12, np.uint8)
     for x, y in itertools.product(range(60, 480, 120), range(60, 360, 120)):
-        cv2.circle(picture, (x, y), 28, (150, 150, 190), -1, cv2.LINE_AA)
-    cv2.circle(picture, (240, 180), 45, (150, 60, 110), -1, cv2.LINE_AA)
-    cv2.imwrite(str(tmp_path / 'image.png'), picture)
+        cv2.circle(cells, (x, y), 28, (150, 150, 190), -1, cv2.LINE_AA)
+        cv2.circle(nuclei, (x // 2, y // 2), 9, (90, 90, 90), -1, cv2.LINE_AA)
+    cv2.circle(cells, (240, 180), 45, (150, 60, 110), -1, cv2.LINE_AA)
+    pictures = dict(retinanet_lavit_n_bccd=cells, maskrcnn_lavit_n_dsb2018=nuclei)
     for entry in models(ROOT):
         name, found = Path(entry['Config']).stem, []
+        image = f'{name}.png'
+        cv2.imwrite(str(tmp_path / image), pictures[name])
         for weights in ([], [ROOT / entry['Weights']], ['none']):
             out = f'{name}-{len(found)}'
-            command = ['mmlavit', 'infer', name, *weights, 'image.png', '--out', out]
+            command = ['mmlavit', 'infer', name, *weights, image, '--out', out]
             assert_ran(run_python('-m', *command, '--no-pictures', cwd=tmp_path))
             found.append(json.loads((tmp_path / out / 'predictions.json').read_text()))
         assert found[0] == found[1] != found[2]
