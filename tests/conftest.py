@@ -19,7 +19,13 @@ sys.path.insert(0, str(ROOT / 'tools'))
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Long tests first, so that short ones are left to even out the processes that run them."""
-    items.sort(key=lambda item: item.get_closest_marker('slow') is None)
+
+    def length(item: pytest.Item) -> tuple[float, bool]:
+        # The longest have more time than others.
+        own = item.get_closest_marker('timeout')
+        return (own.args[0] if own else 0, item.get_closest_marker('slow') is not None)
+
+    items.sort(key=length, reverse=True)
 
 
 @pytest.fixture
