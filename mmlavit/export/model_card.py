@@ -215,13 +215,20 @@ def metafile_entry(release: Release, files: Mapping[str, bytes], facts: Facts) -
     }
     if facts.metrics and meta.get('part') != 'backbone':
         entry['Results'] = [
-            {
-                'Task': _toolbox_of(config).task,
-                'Dataset': facts.data or _dataset_of(config),
-                'Metrics': dict(facts.metrics),
-            }
+            {'Task': task, 'Dataset': facts.data or _dataset_of(config), 'Metrics': metrics}
+            for task, metrics in _by_task(facts.metrics, _toolbox_of(config).task).items()
         ]
     return entry
+
+
+def _by_task(metrics: Mapping[str, float], task: str) -> dict[str, dict[str, float]]:
+    """Figures by what they are of, as mmdet's indexes have them: masks apart from boxes."""
+    if not any('segm' in name for name in metrics):
+        return {task: dict(metrics)}
+    boxes = {name: value for name, value in metrics.items() if 'bbox' in name}
+    masks = {name: value for name, value in metrics.items() if name not in boxes}
+    tasks = {task: boxes, 'Instance Segmentation': masks}
+    return {name: figures for name, figures in tasks.items() if figures}
 
 
 def model_card(release: Release, files: Mapping[str, bytes], facts: Facts) -> str:
@@ -399,7 +406,11 @@ def _use(release: Release, files: Mapping[str, bytes], config: Mapping[str, Any]
             '',
             f'from {toolbox.apis} import {toolbox.inferencer}',
             '',
-            f"inferencer = {toolbox.inferencer}('configs/{name}.py', '{file}')",
+            # A line each, as a formatter wants it where names are long.
+            f'inferencer = {toolbox.inferencer}(',
+            f"    'configs/{name}.py',",
+            f"    '{file}',",
+            ')',
             '```',
             '',
             f'`load_from={file}` starts a training of the whole model. {start}, segmentor or '

@@ -243,6 +243,15 @@ def test_entries_are_of_the_format_of_openmmlab(file, tmp_path):
     assert entry['Results'][0]['Task'] == task.get(scope, 'Image Classification')
 
 
+def test_figures_of_masks_are_of_another_task_than_those_of_boxes():
+    metrics = {'coco/bbox_mAP': 0.3, 'coco/segm_mAP': 0.2, 'own/score': 0.4}
+    found = metafile_entry(release(DETECTOR), FILES, Facts(metrics=metrics))['Results']
+    assert {result['Task']: result['Metrics'] for result in found} == {
+        'Object Detection': {'coco/bbox_mAP': 0.3},
+        'Instance Segmentation': {'coco/segm_mAP': 0.2, 'own/score': 0.4},
+    }
+
+
 @pytest.mark.parametrize('file', EACH)
 def test_configs_are_read_without_being_run(file):
     cfg = Config.fromfile(file)

@@ -98,6 +98,18 @@ def test_labels_of_one_place_are_not_over_each_other():
     assert counts[1] > 2.5 * counts[0] > 0
 
 
+def test_many_labels_do_not_hide_what_is_found():
+    """Without room for all labels there is none."""
+    boxes = [[x, y, x + 8, y + 8] for x in range(5, 390, 15) for y in range(5, 290, 15)]
+    for few, written in ((boxes[::50], True), (boxes, False)):
+        scores = torch.full((len(few),), 0.9)
+        picture = draw(instances(few, [2] * len(few), masks=False, scores=scores))
+        letters = (picture.min(-1) > 230).sum()
+        assert bool(letters) == written
+        middles = [tuple(picture[top + 4, left + 4]) for left, top, _, _ in few]
+        assert written or set(middles) == {(128, 128, 128)}, 'what is within a box can be seen'
+
+
 @pytest.mark.parametrize('number', [1, 3, 10, 35, 80])
 def test_colours_can_be_told_apart_and_stay_with_more_classes(number):
     colours = class_colours(number)
