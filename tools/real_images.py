@@ -24,6 +24,8 @@ from repository.real_images.tasks import TASKS
 from repository.real_images.training import WORK_DIR
 
 OUT = Path('docs/real_images')
+# Has the first measures of all tasks.
+FRONT = Path('README.md')
 STEPS = {
     'run': 'try learning rates, train, test, and write tables and curves',
     'rates': 'try learning rates, and train nothing with the better ones',
@@ -117,9 +119,13 @@ def _step(args: argparse.Namespace) -> None:
 
 
 def _report(page: Path, out: Path, results: list[dict[str, Any]]) -> None:
-    text = report.fill_in(page.read_text(encoding='utf-8'), results, _read(OUT / 'costs.json'))
     out.mkdir(parents=True, exist_ok=True)
-    (out / 'README.md').write_text(text, encoding='utf-8')
+    written = {page: out / 'README.md'}
+    if out == OUT:
+        written[FRONT] = FRONT
+    for read, write in written.items():
+        text = report.fill_in(read.read_text(encoding='utf-8'), results, _read(OUT / 'costs.json'))
+        write.write_text(text, encoding='utf-8')
     for task in TASKS:
         report.draw(task, results, out / f'{task}.png')
     print(out / 'README.md')

@@ -398,6 +398,15 @@ def test_trials_are_no_results_and_have_a_table_of_their_own():
 
 
 @pytest.mark.slow
+def test_the_summary_has_a_line_a_task():
+    found = rows(report.summary(fake('lavit', {0: 0.70, 1: 0.72}) + fake('swin', {0: 0.61})))
+    assert len(found) == len(TASKS)
+    (line,) = (cells for first, cells in found.items() if first.startswith('BCCD'))
+    assert line['LaViT-nano'].startswith('71.0 ±') and line['Swin'] == '61.0'
+    assert line['ResNet-18, narrowed'] == '–', 'to come'
+    assert line['PVTv2-B0'] == '', 'not compared there'
+
+
 def test_the_page_says_that_it_is_being_filled_until_all_is_there():
     results = fake('lavit', {0: 0.7})
     assert 'being filled: 1 of ' in report.progress(results)
@@ -422,6 +431,9 @@ def test_the_committed_page_is_of_the_committed_results():
     assert report.fill_in(page, results, kept) == page
     for name in (*TASKS, 'rates', 'progress'):
         assert f'<!-- results: {name} -->' in page
+    front = (ROOT / 'README.md').read_text()
+    assert '<!-- results: summary -->' in front
+    assert report.fill_in(front, results, kept) == front
     with pytest.raises(ValueError, match="results of 'coco'"):
         report.fill_in('<!-- results: coco -->\n<!-- end of results -->', results, kept)
 
@@ -482,6 +494,7 @@ def set_up(folder: Path, task: str) -> Path:
     """A copy of the repository's top in which a task has drawn images and a short schedule."""
     shutil.copytree(ROOT / 'configs', folder / 'configs')
     shutil.copytree(DOCS, folder / 'docs/real_images')
+    shutil.copy(ROOT / 'README.md', folder)
     (folder / 'docs/real_images/results.jsonl').unlink(missing_ok=True)
     (folder / 'tools').symlink_to(ROOT / 'tools')
     make, changes = DRAWN[task]
@@ -523,6 +536,8 @@ def test_drawn_images_are_trained_tested_reported_and_drawn(task, tmp_path):
     assert checkpoint.name.startswith('best_') == about.best
     page = (folder / 'docs/real_images/README.md').read_text()
     assert 'being filled: 1 of ' in page and '[1 of 3 seeds]' in page
+    (line,) = (r for r in (folder / 'README.md').read_text().splitlines() if about.title in r)
+    assert line.count('| –') == len(about.backbones) - 2, 'the pretrained one has no column'
     assert (folder / f'docs/real_images/{task}.png').is_file()
 
     if task == 'camvid':

@@ -118,6 +118,28 @@ def rates(results: list[dict[str, Any]]) -> str:
     return '\n'.join(lines)
 
 
+def summary(results: list[dict[str, Any]]) -> str:
+    """The first measure of each task and backbone, for who reads no more.
+
+    Args:
+        results: As for :func:`table`.
+
+    Returns:
+        Markdown: a line a task; means and standard deviations over the seeds. A backbone that a
+        task is not for has an empty cell.
+    """
+    columns = [name for name, backbone in BACKBONES.items() if not backbone.pretrained]
+    lines = [pages.row(['', *(BACKBONES[name].title for name in columns)])]
+    lines.append('|---' * (len(columns) + 1) + '|')
+    for task, about in TASKS.items():
+        cells = [
+            _cell(whole(results, task, name), about.measures[0]) if name in about.backbones else ''
+            for name in columns
+        ]
+        lines.append(pages.row([f'{about.title}: {about.measures[0].title}', *cells]))
+    return '\n'.join(lines)
+
+
 def progress(results: list[dict[str, Any]]) -> str:
     """What is there of what the page wants, in a sentence.
 
@@ -143,7 +165,7 @@ def fill_in(page: str, results: list[dict[str, Any]], costs: dict[str, Any]) -> 
     """Put the tables into a page, as :func:`repository.results.fill_in` does.
 
     Args:
-        page: Markdown with marks for the tasks, ``rates`` and ``progress``.
+        page: Markdown with marks for the tasks, ``rates``, ``summary`` and ``progress``.
         results: As for :func:`table`.
         costs: As for :func:`table`.
 
@@ -157,6 +179,8 @@ def fill_in(page: str, results: list[dict[str, Any]], costs: dict[str, Any]) -> 
     def table_of(name: str) -> str:
         if name == 'rates':
             return rates(results)
+        if name == 'summary':
+            return summary(results)
         if name == 'progress':
             return progress(results)
         if name in TASKS:
@@ -164,7 +188,8 @@ def fill_in(page: str, results: list[dict[str, Any]], costs: dict[str, Any]) -> 
             curves = f'\n\n![Validation over the schedule]({name}.png)' if drawn else ''
             return table(name, results, costs) + curves
         raise ValueError(
-            f'the page asks for results of {name!r}; there are progress, rates, {", ".join(TASKS)}'
+            f'the page asks for results of {name!r}; '
+            f'there are progress, rates, summary, {", ".join(TASKS)}'
         )
 
     return pages.fill_in(page, table_of)
