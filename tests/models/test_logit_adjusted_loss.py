@@ -111,6 +111,7 @@ def test_other_classes_are_refused():
 
 def test_a_head_of_mmseg_trains_with_it():
     """Its loss is the naive one of what the head gives, and it has no weights in prediction."""
+    pytest.importorskip('mmseg')
     from mmengine.registry import DefaultScope
     from mmengine.structures import PixelData
     from mmseg.registry import MODELS
