@@ -120,11 +120,12 @@ def _step(args: argparse.Namespace) -> None:
 
 def _report(page: Path, out: Path, results: list[dict[str, Any]]) -> None:
     out.mkdir(parents=True, exist_ok=True)
+    costs = _read(OUT / 'costs.json')
     written = {page: out / 'README.md'}
     if out == OUT:
         written[FRONT] = FRONT
     for read, write in written.items():
-        text = report.fill_in(read.read_text(encoding='utf-8'), results, _read(OUT / 'costs.json'))
+        text = report.fill_in(read.read_text(encoding='utf-8'), results, costs)
         write.write_text(text, encoding='utf-8')
     for task in TASKS:
         report.draw(task, results, out / f'{task}.png')

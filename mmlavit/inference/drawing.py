@@ -16,8 +16,9 @@ from .colours import class_colours
 
 # Of an average letter, and of what is around a label, in heights of the font.
 _LETTER, _AROUND = 0.62, 0.6
-# The share of the image that labels may cover; where there are more, they would hide what is found.
-_LABELS = 1 / 3
+# Where more objects than this have labels over more than this share of the image, labels would hide
+# what is found.
+_MANY, _SHARE = 10, 1 / 3
 # Of RGB, how bright each looks (ITU-R BT.601).
 _BRIGHTNESS = np.array([0.299, 0.587, 0.114])
 
@@ -28,8 +29,8 @@ class ClassColourVisualizer(DetLocalVisualizer):
     """mmdet's visualizer, whose masks, boxes and labels of a class all have its colour.
 
     mmdet's own shifts the colour of each mask at random, so an object looks different wherever it
-    is drawn, and writes on small objects in letters too small to read. Where labels would cover
-    more than a third of the image, there are none.
+    is drawn, and writes on small objects in letters too small to read. Where there are
+    more than ten, and they would cover more than a third of the image, there are none.
 
     Args:
         name: Of the visualizer.
@@ -94,17 +95,19 @@ class ClassColourVisualizer(DetLocalVisualizer):
     ) -> None:
         """Write a line at each box, inside the image, and none over another.
 
-        Nothing is written where there is no room for all.
+        Nothing is written where there are many, and no room for all.
         """
         side = min(size)
         points = self.font_size or max(min(side / 15, 10), side / 70)
         pixels = points * self.dpi / 72
-        letters = sum(_LETTER * len(text) + _AROUND for text in texts)
-        if len(texts) > 1 and letters * 1.5 * pixels**2 > _LABELS * size[0] * size[1]:
+        height = 1.5 * pixels
+        widths = [(_LETTER * len(text) + _AROUND) * pixels for text in texts]
+        if len(texts) > _MANY and height * sum(widths) > _SHARE * size[0] * size[1]:
             return
         taken: list[Box] = []
-        for (left, top, right, _), text, color in zip(boxes, texts, colors, strict=True):
-            width, height = (_LETTER * len(text) + _AROUND) * pixels, 1.5 * pixels
+        for (left, top, right, _), text, width, color in zip(
+            boxes, texts, widths, colors, strict=True
+        ):
             if (left + right) / 2 > size[1] / 2:
                 left = right - width
             left = min(max(left, 0), max(size[1] - width, 0))

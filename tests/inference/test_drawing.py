@@ -110,6 +110,14 @@ def test_many_labels_do_not_hide_what_is_found():
         assert written or set(middles) == {(128, 128, 128)}, 'what is within a box can be seen'
 
 
+def test_few_labels_are_written_in_any_image():
+    """Here, in letters so large that they cover most of it."""
+    boxes = [[150, y, 250, y + 40] for y in range(5, 290, 60)]
+    scores = torch.full((len(boxes),), 0.9)
+    found = instances(boxes, [2] * len(boxes), masks=False, scores=scores)
+    assert (draw(found, font_size=30).min(-1) > 230).sum() > 5 * 200
+
+
 @pytest.mark.parametrize('number', [1, 3, 10, 35, 80])
 def test_colours_can_be_told_apart_and_stay_with_more_classes(number):
     colours = class_colours(number)

@@ -363,8 +363,8 @@ class TestSuites:
 
     @pytest.mark.slow
     def test_detectors(self):
-        (found,) = suites.detectors(tuple(models.DETECTORS), Settings(), 1, routes=('ours',))
-        expected = [(name, 'ours') for name in models.DETECTORS]
+        (found,) = suites.detectors(tuple(models.DETECTORS), Settings(), 1, routes=('own', 'ours'))
+        expected = [(name, linear) for name in models.DETECTORS for linear in ('own', 'ours')]
         assert [(row.model, row.linear) for row in found.rows] == expected
         assert all(row.params > 4e7 for row in found.rows)
 
