@@ -31,7 +31,7 @@ NANO = {
 SHORT = {
     'mmdet': [
         *('train_cfg.max_epochs=1', 'train_dataloader.dataset.indices=4'),
-        'val_dataloader.dataset.indices=2',
+        *('val_dataloader.dataset.indices=2', 'model.train_cfg.rcnn.sampler.num=16'),
     ],
     'mmseg': [
         *('train_cfg.max_iters=2', 'train_cfg.val_interval=2', 'train_dataloader.batch_size=2'),
@@ -64,10 +64,18 @@ def steps() -> Iterator[tuple[str, str]]:
 def smaller(config: Path) -> list[str]:
     """Options that make a training of a config one of seconds."""
     cfg = Config.fromfile(config)
-    options = [*NANO[cfg.default_scope], *SHORT[cfg.default_scope]]
+    options = [*SHORT[cfg.default_scope]]
     for split in ('train', 'val'):
         loader = f'{split}_dataloader'
         options += [f'{loader}.num_workers=0', f'{loader}.persistent_workers=False']
+    return options + small(config, 'train', 'val')
+
+
+def small(config: Path, *splits: str) -> list[str]:
+    """Options that make the model of a config nano, and a detector's images of these sets small."""
+    cfg = Config.fromfile(config)
+    options = [*NANO[cfg.default_scope]]
+    for loader in (f'{split}_dataloader' for split in splits):
         for index, step in enumerate(cfg[loader].dataset.pipeline):
             if cfg.default_scope == 'mmdet' and step.type in ('Resize', 'RandomResize'):
                 options.append(f'{loader}.dataset.pipeline.{index}.scale=(96,96)')
@@ -90,7 +98,7 @@ def run(tmp_path, monkeypatch):
         if 'train' in words:
             options = smaller(config)
         elif words[1] in ('test', 'infer'):
-            options = NANO[Config.fromfile(config).default_scope]
+            options = small(config, 'test')
         if words[0] == 'torchrun':
             # On two processes, and without a GPU.
             line = line.replace('--nproc_per_node=8', '--nproc_per_node=2')
