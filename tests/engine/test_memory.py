@@ -16,6 +16,7 @@ import torch
 from mmengine.hooks import Hook
 from mmengine.model import BaseModel
 from mmengine.runner import Runner
+from small import ARCH
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -170,7 +171,7 @@ class Regressor(BaseModel):
 
     def __init__(self) -> None:
         super().__init__()
-        self.backbone = LaViT('nano')
+        self.backbone = LaViT(ARCH)
 
     def forward(self, inputs: Tensor, mode: str = 'tensor') -> dict[str, Tensor]:
         return dict(loss=sum((m - 1).square().mean() for m in self.backbone(inputs)))
