@@ -63,8 +63,7 @@ def steps() -> Iterator[tuple[str, str]]:
 
 def smaller(config: Path) -> list[str]:
     """Options that make a training of a config one of seconds."""
-    cfg = Config.fromfile(config)
-    options = [*SHORT[cfg.default_scope]]
+    options = [*SHORT[Config.fromfile(config).default_scope]]
     for split in ('train', 'val'):
         loader = f'{split}_dataloader'
         options += [f'{loader}.num_workers=0', f'{loader}.persistent_workers=False']

@@ -16,7 +16,6 @@ import torch
 from mmengine.hooks import Hook
 from mmengine.model import BaseModel
 from mmengine.runner import Runner
-from small import ARCH
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -171,7 +170,7 @@ class Regressor(BaseModel):
 
     def __init__(self) -> None:
         super().__init__()
-        self.backbone = LaViT(ARCH)
+        self.backbone = LaViT('nano')
 
     def forward(self, inputs: Tensor, mode: str = 'tensor') -> dict[str, Tensor]:
         return dict(loss=sum((m - 1).square().mean() for m in self.backbone(inputs)))
