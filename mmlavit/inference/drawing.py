@@ -16,9 +16,8 @@ from .colours import class_colours
 
 # Of an average letter, and of what is around a label, in heights of the font.
 _LETTER, _AROUND = 0.62, 0.6
-# Where more objects than this have labels over more than this share of the image, labels would hide
-# what is found.
-_MANY, _SHARE = 10, 1 / 3
+# Where there are more objects than this, labels must not hide more than this share of them.
+_MANY, _SHARE = 10, 1 / 4
 # Of RGB, how bright each looks (ITU-R BT.601).
 _BRIGHTNESS = np.array([0.299, 0.587, 0.114])
 
@@ -29,8 +28,8 @@ class ClassColourVisualizer(DetLocalVisualizer):
     """mmdet's visualizer, whose masks, boxes and labels of a class all have its colour.
 
     mmdet's own shifts the colour of each mask at random, so an object looks different wherever it
-    is drawn, and writes on small objects in letters too small to read. Where there are
-    more than ten, and they would cover more than a third of the image, there are none.
+    is drawn, and writes on small objects in letters too small to read. Where there are more than
+    ten objects, and labels would hide more than a quarter of what is in the boxes, there are none.
 
     Args:
         name: Of the visualizer.
@@ -95,19 +94,15 @@ class ClassColourVisualizer(DetLocalVisualizer):
     ) -> None:
         """Write a line at each box, inside the image, and none over another.
 
-        Nothing is written where there are many, and no room for all.
+        Nothing is written where there are many, and the labels would hide them.
         """
         side = min(size)
         points = self.font_size or max(min(side / 15, 10), side / 70)
         pixels = points * self.dpi / 72
         height = 1.5 * pixels
-        widths = [(_LETTER * len(text) + _AROUND) * pixels for text in texts]
-        if len(texts) > _MANY and height * sum(widths) > _SHARE * size[0] * size[1]:
-            return
-        taken: list[Box] = []
-        for (left, top, right, _), text, width, color in zip(
-            boxes, texts, widths, colors, strict=True
-        ):
+        places: list[Box] = []
+        for (left, top, right, _), text in zip(boxes, texts, strict=True):
+            width = (_LETTER * len(text) + _AROUND) * pixels
             if (left + right) / 2 > size[1] / 2:
                 left = right - width
             left = min(max(left, 0), max(size[1] - width, 0))
@@ -115,10 +110,15 @@ class ClassColourVisualizer(DetLocalVisualizer):
             top = max(top - height, 0)
             while any(
                 left < x1 and x0 < left + width and top < y1 and y0 < top + height
-                for x0, y0, x1, y1 in taken
+                for x0, y0, x1, y1 in places
             ):
                 top += height
-            taken.append((left, top, left + width, top + height))
+            places.append((left, top, left + width, top + height))
+        if len(texts) > _MANY:
+            objects = _covered(size, boxes)
+            if (objects & _covered(size, places)).sum() > _SHARE * objects.sum():
+                return
+        for (left, top, _, _), text, color in zip(places, texts, colors, strict=True):
             self.draw_texts(
                 text,
                 np.array([left + 0.2 * pixels, min(top + 0.2 * pixels, size[0])]),
@@ -128,6 +128,15 @@ class ClassColourVisualizer(DetLocalVisualizer):
                     facecolor=tuple(value / 255 for value in color), pad=1.5, edgecolor='none'
                 ),
             )
+
+
+def _covered(size: tuple[int, int], boxes: Sequence[Box]) -> np.ndarray:
+    """(height, width), which pixels of the image any of the boxes has."""
+    covered = np.zeros(size, bool)
+    for box in boxes:
+        left, top, right, bottom = (max(round(side), 0) for side in box)
+        covered[top:bottom, left:right] = True
+    return covered
 
 
 def _around(mask: np.ndarray) -> torch.Tensor:

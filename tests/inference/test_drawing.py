@@ -98,16 +98,22 @@ def test_labels_of_one_place_are_not_over_each_other():
     assert counts[1] > 2.5 * counts[0] > 0
 
 
-def test_many_labels_do_not_hide_what_is_found():
-    """Without room for all labels there is none."""
-    boxes = [[x, y, x + 8, y + 8] for x in range(5, 390, 15) for y in range(5, 290, 15)]
-    for few, written in ((boxes[::50], True), (boxes, False)):
-        scores = torch.full((len(few),), 0.9)
-        picture = draw(instances(few, [2] * len(few), masks=False, scores=scores))
-        letters = (picture.min(-1) > 230).sum()
-        assert bool(letters) == written
-        middles = [tuple(picture[top + 4, left + 4]) for left, top, _, _ in few]
-        assert written or set(middles) == {(128, 128, 128)}, 'what is within a box can be seen'
+@pytest.mark.parametrize(
+    ('columns', 'rows', 'written'),
+    [
+        pytest.param(range(5, 390, 15), range(5, 290, 15), False, id='all over the image'),
+        pytest.param(range(5, 65, 15), range(5, 65, 15), False, id='in a corner'),
+        pytest.param(range(5, 390, 90), range(20, 290, 30), True, id='far apart'),
+    ],
+)
+def test_many_labels_do_not_hide_what_is_found(columns, rows, written):
+    """As many as there are objects, or none; how much of the image they cover does not matter."""
+    boxes = [[x, y, x + 8, y + 8] for x in columns for y in rows]
+    scores = torch.full((len(boxes),), 0.9)
+    picture = draw(instances(boxes, [2] * len(boxes), masks=False, scores=scores))
+    assert bool((picture.min(-1) > 230).sum()) == written, 'letters are white'
+    middles = [tuple(picture[top + 4, left + 4]) for left, top, _, _ in boxes]
+    assert set(middles) == {(128, 128, 128)}, 'what is within a box can be seen'
 
 
 def test_few_labels_are_written_in_any_image():
