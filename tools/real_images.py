@@ -24,8 +24,8 @@ from repository.real_images.tasks import TASKS
 from repository.real_images.training import WORK_DIR
 
 OUT = Path('docs/real_images')
-# Has the first measures of all tasks.
-FRONT = Path('README.md')
+# They have the first measures of all tasks.
+OTHERS = Path('README.md'), Path('docs/model_zoo.md')
 STEPS = {
     'run': 'try learning rates, train, test, and write tables and curves',
     'rates': 'try learning rates, and train nothing with the better ones',
@@ -123,7 +123,7 @@ def _report(page: Path, out: Path, results: list[dict[str, Any]]) -> None:
     costs = _read(OUT / 'costs.json')
     written = {page: out / 'README.md'}
     if out == OUT:
-        written[FRONT] = FRONT
+        written |= {other: other for other in OTHERS}
     for read, write in written.items():
         text = report.fill_in(read.read_text(encoding='utf-8'), results, costs)
         write.write_text(text, encoding='utf-8')

@@ -406,6 +406,17 @@ def test_the_summary_has_a_line_a_task():
     assert line['PVTv2-B0'] == '', 'not compared there'
 
 
+def test_the_zoo_has_a_line_a_config_with_what_others_published():
+    found = rows(report.zoo(fake('lavit', {0: 0.70, 1: 0.72}) + fake('pretrained', {0: 0.75})))
+    assert len(found) == len(TASKS)
+    (line,) = (cells for first, cells in found.items() if 'retinanet_lavit_n_bccd.py' in first)
+    assert line['measure'] == 'AP50'
+    assert line['LaViT-nano'].startswith('71.0 ±')
+    assert line['LaViT-nano, from Tiny ImageNet'] == '75.0'
+    assert line['Swin'] == '–' and line['PVTv2-B0'] == ''
+    assert line['published, of others'].endswith(': 85 to 86')
+
+
 @pytest.mark.slow
 def test_the_page_says_that_it_is_being_filled_until_all_is_there():
     results = fake('lavit', {0: 0.7})
@@ -423,7 +434,7 @@ def test_the_page_says_that_it_is_being_filled_until_all_is_there():
     assert report.progress(everything) == f'All {len(everything)} trainings are there.'
 
 
-def test_the_committed_page_is_of_the_committed_results():
+def test_the_committed_pages_are_of_the_committed_results():
     results = study.Results(DOCS / 'results.jsonl').lines
     costs = DOCS / 'costs.json'
     page = (DOCS / 'README.md').read_text()
@@ -431,9 +442,10 @@ def test_the_committed_page_is_of_the_committed_results():
     assert report.fill_in(page, results, kept) == page
     for name in (*TASKS, 'rates', 'progress'):
         assert f'<!-- results: {name} -->' in page
-    front = (ROOT / 'README.md').read_text()
-    assert '<!-- results: summary -->' in front
-    assert report.fill_in(front, results, kept) == front
+    for other, name in (('README.md', 'summary'), ('docs/model_zoo.md', 'zoo')):
+        page = (ROOT / other).read_text()
+        assert f'<!-- results: {name} -->' in page
+        assert report.fill_in(page, results, kept) == page
     with pytest.raises(ValueError, match="results of 'coco'"):
         report.fill_in('<!-- results: coco -->\n<!-- end of results -->', results, kept)
 
@@ -495,6 +507,7 @@ def set_up(folder: Path, task: str) -> Path:
     shutil.copytree(ROOT / 'configs', folder / 'configs')
     shutil.copytree(DOCS, folder / 'docs/real_images')
     shutil.copy(ROOT / 'README.md', folder)
+    shutil.copy(ROOT / 'docs/model_zoo.md', folder / 'docs')
     (folder / 'docs/real_images/results.jsonl').unlink(missing_ok=True)
     (folder / 'tools').symlink_to(ROOT / 'tools')
     make, changes = DRAWN[task]
@@ -538,6 +551,9 @@ def test_drawn_images_are_trained_tested_reported_and_drawn(task, tmp_path):
     assert 'being filled: 1 of ' in page and '[1 of 3 seeds]' in page
     (line,) = (r for r in (folder / 'README.md').read_text().splitlines() if about.title in r)
     assert line.count('| –') == len(about.backbones) - 2, 'the pretrained one has no column'
+    zoo = (folder / 'docs/model_zoo.md').read_text().splitlines()
+    (line,) = (row for row in zoo if f'[`{about.config.stem}`]' in row)
+    assert line.count('| –') == len(about.backbones) - 1
     assert (folder / f'docs/real_images/{task}.png').is_file()
 
     if task == 'camvid':

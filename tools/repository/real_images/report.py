@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -132,12 +133,42 @@ def summary(results: list[dict[str, Any]]) -> str:
     lines = [pages.row(['', *(BACKBONES[name].title for name in columns)])]
     lines.append('|---' * (len(columns) + 1) + '|')
     for task, about in TASKS.items():
-        cells = [
-            _cell(whole(results, task, name), about.measures[0]) if name in about.backbones else ''
-            for name in columns
-        ]
-        lines.append(pages.row([f'{about.title}: {about.measures[0].title}', *cells]))
+        title = f'{about.title}: {about.measures[0].title}'
+        lines.append(pages.row([title, *_first_measures(task, results, columns)]))
     return '\n'.join(lines)
+
+
+def zoo(results: list[dict[str, Any]]) -> str:
+    """What a model zoo says of each config beyond the weights of one seed.
+
+    Args:
+        results: As for :func:`table`.
+
+    Returns:
+        Markdown: a line a config; the cells of :func:`summary`, those from pretraining as well, and
+        published figures of others.
+    """
+    titles = [backbone.title for backbone in BACKBONES.values()]
+    lines = [pages.row(['config', 'measure', *titles, 'published, of others'])]
+    lines.append('|---' * (len(titles) + 3) + '|')
+    for task, about in TASKS.items():
+        measure = about.measures[0].title
+        others = '; '.join(f'{who}: {found[measure]}' for who, found in about.published)
+        config = f'[`{about.config.stem}`](../{about.config.as_posix()})'
+        lines.append(
+            pages.row([config, measure, *_first_measures(task, results, list(BACKBONES)), others])
+        )
+    return '\n'.join(lines)
+
+
+def _first_measures(
+    task: str, results: list[dict[str, Any]], backbones: Sequence[str]
+) -> list[str]:
+    about = TASKS[task]
+    return [
+        _cell(whole(results, task, name), about.measures[0]) if name in about.backbones else ''
+        for name in backbones
+    ]
 
 
 def progress(results: list[dict[str, Any]]) -> str:
@@ -165,7 +196,7 @@ def fill_in(page: str, results: list[dict[str, Any]], costs: dict[str, Any]) -> 
     """Put the tables into a page, as :func:`repository.results.fill_in` does.
 
     Args:
-        page: Markdown with marks for the tasks, ``rates``, ``summary`` and ``progress``.
+        page: Markdown with marks for the tasks, ``rates``, ``summary``, ``zoo`` and ``progress``.
         results: As for :func:`table`.
         costs: As for :func:`table`.
 
@@ -181,6 +212,8 @@ def fill_in(page: str, results: list[dict[str, Any]], costs: dict[str, Any]) -> 
             return rates(results)
         if name == 'summary':
             return summary(results)
+        if name == 'zoo':
+            return zoo(results)
         if name == 'progress':
             return progress(results)
         if name in TASKS:
@@ -189,7 +222,7 @@ def fill_in(page: str, results: list[dict[str, Any]], costs: dict[str, Any]) -> 
             return table(name, results, costs) + curves
         raise ValueError(
             f'the page asks for results of {name!r}; '
-            f'there are progress, rates, summary, {", ".join(TASKS)}'
+            f'there are progress, rates, summary, zoo, {", ".join(TASKS)}'
         )
 
     return pages.fill_in(page, table_of)
