@@ -2,8 +2,9 @@
 
 Results are kept in docs/real_images/results.jsonl, one line a training; what is there is not
 trained again, and what was stopped goes on from its last checkpoint. Tables go into
-docs/real_images/README.md, curves beside it. Start it at the top of the repository; the data are
-those of docs/datasets.md.
+docs/real_images/README.md, curves beside it, and the first measures into README.md and
+docs/model_zoo.md too. Start it at the top of the repository; the data are those of
+docs/datasets.md.
 """
 
 import argparse
