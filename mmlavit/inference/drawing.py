@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -94,31 +96,31 @@ class ClassColourVisualizer(DetLocalVisualizer):
     ) -> None:
         """Write a line at each box, inside the image, and none over another.
 
-        Nothing is written where there are many, and the labels would hide them.
+        Nothing is written where there are many, and the labels would hide them. Where the image
+        is full of labels, those that come last are left out.
         """
         side = min(size)
         points = self.font_size or max(min(side / 15, 10), side / 70)
         pixels = points * self.dpi / 72
-        height = 1.5 * pixels
-        places: list[Box] = []
-        for (left, top, right, _), text in zip(boxes, texts, strict=True):
-            width = (_LETTER * len(text) + _AROUND) * pixels
-            if (left + right) / 2 > size[1] / 2:
-                left = right - width
-            left = min(max(left, 0), max(size[1] - width, 0))
-            # Above the box, if there is room.
-            top = max(top - height, 0)
-            while any(
-                left < x1 and x0 < left + width and top < y1 and y0 < top + height
-                for x0, y0, x1, y1 in places
-            ):
-                top += height
-            places.append((left, top, left + width, top + height))
+        height = round(1.5 * pixels)
+        places: list[Box | None] = []
+        taken: list[Box] = []
+        for box, text in zip(boxes, texts, strict=True):
+            width = round((_LETTER * len(text) + _AROUND) * pixels)
+            # Of a larger one, enough is to be seen.
+            small = [b for b in boxes if (b[2] - b[0]) * (b[3] - b[1]) < height * width]
+            place = _free_place(box, (height, width), size, taken, small)
+            places.append(place)
+            if place is not None:
+                taken.append(place)
         if len(texts) > _MANY:
             objects = _covered(size, boxes)
-            if (objects & _covered(size, places)).sum() > _SHARE * objects.sum():
+            if (objects & _covered(size, taken)).sum() > _SHARE * objects.sum():
                 return
-        for (left, top, _, _), text, color in zip(places, texts, colors, strict=True):
+        for place, text, color in zip(places, texts, colors, strict=True):
+            if place is None:
+                continue
+            left, top, _, _ = place
             self.draw_texts(
                 text,
                 np.array([left + 0.2 * pixels, min(top + 0.2 * pixels, size[0])]),
@@ -128,6 +130,59 @@ class ClassColourVisualizer(DetLocalVisualizer):
                     facecolor=tuple(value / 255 for value in color), pad=1.5, edgecolor='none'
                 ),
             )
+
+
+def _free_place(
+    box: Box,
+    label: tuple[int, int],
+    image: tuple[int, int],
+    taken: Sequence[Box],
+    objects: Sequence[Box],
+) -> Box | None:
+    """Where a label is in the image and over no other, as near above its box as can be.
+
+    Args:
+        box: Of the object; left, top, right, bottom.
+        label: Its height and width.
+        image: Its height and width.
+        taken: Where other labels are.
+        objects: What it should not hide, if there is room within three lines.
+
+    Returns:
+        The place; None where the image has none.
+    """
+    height, width = label
+    left, top = (math.floor(side) for side in box[:2])
+    right, bottom = (math.ceil(side) for side in box[2:])
+    highest, furthest = (max(whole - part, 0) for whole, part in zip(image, label, strict=True))
+    above = min(max(top - height, 0), highest)
+    lines = [*range(above, -1, -height), *range(max(bottom, 0), highest + 1, height)]
+    # Within large ones, where a label hides little.
+    lines += range(max(top, 0), min(bottom, image[0]) - 2 * height, height)
+    # From the left side of the box, or up to its right side; first what is nearer the middle.
+    starts = [min(max(start, 0), furthest) for start in (left, right - width)]
+    if left + right > image[1]:
+        starts.reverse()
+    around = list(itertools.product(starts, lines))
+    middle = min(max((top + bottom - height) // 2, 0), highest)
+    around += [(start, middle) for start in (right, left - width) if 0 <= start <= furthest]
+    around.sort(key=lambda corner: abs(corner[1] - above))
+    anywhere = itertools.product(range(0, furthest + 1, height), lines)
+    for corners in (around, anywhere):
+        places = np.array([(x, y, x + width, y + height) for x, y in corners])
+        free = ~_over(places, taken)
+        if free.any():
+            near = abs(places[:, 1] - above) <= 3 * height
+            best = free & near & ~_over(places, objects)
+            return tuple(places[np.argmax(best if best.any() else free)].tolist())
+    return None
+
+
+def _over(places: np.ndarray, others: Sequence[Box]) -> np.ndarray:
+    """(N,), which of (N, 4) places have a part of any of the others."""
+    left, top, right, bottom = places.T[:, :, None]
+    x0, y0, x1, y1 = np.array(others).reshape(-1, 4).T[:, None]
+    return ((left < x1) & (x0 < right) & (top < y1) & (y0 < bottom)).any(1)
 
 
 def _covered(size: tuple[int, int], boxes: Sequence[Box]) -> np.ndarray:

@@ -98,6 +98,29 @@ def test_labels_of_one_place_are_not_over_each_other():
     assert counts[1] > 2.5 * counts[0] > 0
 
 
+def test_a_label_does_not_hide_another_small_object():
+    """Also where that one is just above, where the label would be."""
+    boxes = [[150, y, 162, y + 12] for y in (100, 84, 68, 52)]
+    picture = draw(instances(boxes, [2] * len(boxes), masks=False))
+    assert (picture.min(-1) > 230).any(), 'labels are written'
+    for left, top, _, _ in boxes:
+        assert tuple(picture[top + 6, left + 6]) == (128, 128, 128)
+
+
+@pytest.mark.parametrize('top', [20, 150, 285])
+def test_labels_of_objects_in_a_row_stay_near_and_in_the_image(top):
+    """Each is narrower than its label: some go below or above others, none out of the image."""
+    boxes = [[x, top, x + 8, top + 8] for x in range(20, 380, 36)]
+    scores = torch.full((len(boxes),), 0.9)
+    picture = draw(instances(boxes, [2] * len(boxes), masks=False, scores=scores))
+    one = draw(instances([[150, 100, 158, 108]], [2], masks=False, scores=scores[:1]))
+    ink, of_one = ((drawn.min(-1) - 128).clip(0).sum() for drawn in (picture, one))
+    assert ink / of_one == pytest.approx(len(boxes), rel=0.2)
+    _, highest, _, lowest = changed_around(picture)
+    _, label_top, _, bottom = changed_around(one)
+    assert lowest - highest <= 4 * (bottom - label_top)
+
+
 @pytest.mark.parametrize(
     ('columns', 'rows', 'written'),
     [
