@@ -103,24 +103,22 @@ class ClassColourVisualizer(DetLocalVisualizer):
         points = self.font_size or max(min(side / 15, 10), side / 70)
         pixels = points * self.dpi / 72
         height = round(1.5 * pixels)
-        places: list[Box | None] = []
+        areas = [(right - left) * (bottom - top) for left, top, right, bottom in boxes]
+        labels: list[tuple[Box, str, tuple]] = []
         taken: list[Box] = []
-        for box, text in zip(boxes, texts, strict=True):
+        for box, text, color in zip(boxes, texts, colors, strict=True):
             width = round((_LETTER * len(text) + _AROUND) * pixels)
             # Of a larger one, enough is to be seen.
-            small = [b for b in boxes if (b[2] - b[0]) * (b[3] - b[1]) < height * width]
+            small = [b for b, area in zip(boxes, areas, strict=True) if area < height * width]
             place = _free_place(box, (height, width), size, taken, small)
-            places.append(place)
             if place is not None:
+                labels.append((place, text, color))
                 taken.append(place)
         if len(texts) > _MANY:
             objects = _covered(size, boxes)
             if (objects & _covered(size, taken)).sum() > _SHARE * objects.sum():
                 return
-        for place, text, color in zip(places, texts, colors, strict=True):
-            if place is None:
-                continue
-            left, top, _, _ = place
+        for (left, top, _, _), text, color in labels:
             self.draw_texts(
                 text,
                 np.array([left + 0.2 * pixels, min(top + 0.2 * pixels, size[0])]),
@@ -166,9 +164,9 @@ def _free_place(
     around = list(itertools.product(starts, lines))
     middle = min(max((top + bottom - height) // 2, 0), highest)
     around += [(start, middle) for start in (right, left - width) if 0 <= start <= furthest]
-    around.sort(key=lambda corner: abs(corner[1] - above))
     anywhere = itertools.product(range(0, furthest + 1, height), lines)
     for corners in (around, anywhere):
+        corners = sorted(corners, key=lambda at: (abs(at[1] - above), abs(at[0] - starts[0])))
         places = np.array([(x, y, x + width, y + height) for x, y in corners])
         free = ~_over(places, taken)
         if free.any():

@@ -98,6 +98,22 @@ def test_labels_of_one_place_are_not_over_each_other():
     assert counts[1] > 2.5 * counts[0] > 0
 
 
+def ink(picture: np.ndarray) -> int:
+    """How much is written: letters are white, their edges between white and the colour."""
+    return (picture.min(-1) - 128).clip(0).sum()
+
+
+def test_labels_for_which_the_image_has_no_room_are_left_out():
+    """Ten objects, six lines: those of the first are whole."""
+    boxes = [[0, 30 * i, 400, 30 * i + 29] for i in range(10)]
+    scores = torch.full((10,), 0.9)
+    options = dict(classes=('one', 'two', 'a long name'), font_size=25)
+    picture = draw(instances(boxes, [2] * 10, masks=False, scores=scores), **options)
+    one = draw(instances(boxes[:1], [2], masks=False, scores=scores[:1]), **options)
+    written = ink(picture) / ink(one)
+    assert 3 <= round(written) < 10 and written == pytest.approx(round(written), abs=0.15)
+
+
 def test_a_label_does_not_hide_another_small_object():
     """Also where that one is just above, where the label would be."""
     boxes = [[150, y, 162, y + 12] for y in (100, 84, 68, 52)]
@@ -114,8 +130,7 @@ def test_labels_of_objects_in_a_row_stay_near_and_in_the_image(top):
     scores = torch.full((len(boxes),), 0.9)
     picture = draw(instances(boxes, [2] * len(boxes), masks=False, scores=scores))
     one = draw(instances([[150, 100, 158, 108]], [2], masks=False, scores=scores[:1]))
-    ink, of_one = ((drawn.min(-1) - 128).clip(0).sum() for drawn in (picture, one))
-    assert ink / of_one == pytest.approx(len(boxes), rel=0.2)
+    assert ink(picture) / ink(one) == pytest.approx(len(boxes), rel=0.2)
     _, highest, _, lowest = changed_around(picture)
     _, label_top, _, bottom = changed_around(one)
     assert lowest - highest <= 4 * (bottom - label_top)
@@ -135,10 +150,7 @@ def test_many_labels_do_not_hide_what_is_found(columns, rows, written):
     scores = torch.full((len(boxes),), 0.9)
     picture = draw(instances(boxes, [2] * len(boxes), masks=False, scores=scores))
     one = draw(instances([[150, 100, 158, 108]], [2], masks=False, scores=scores[:1]))
-    # Letters are white, and their edges between white and the colour.
-    ink, of_one = ((drawn.min(-1) - 128).clip(0).sum() for drawn in (picture, one))
-    labels = ink / of_one
-    assert labels == pytest.approx(len(boxes) * written, rel=0.2)
+    assert ink(picture) / ink(one) == pytest.approx(len(boxes) * written, rel=0.2)
     middles = [tuple(picture[top + 4, left + 4]) for left, top, _, _ in boxes]
     assert set(middles) == {(128, 128, 128)}, 'what is within a box can be seen'
 
