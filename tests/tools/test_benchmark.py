@@ -363,7 +363,9 @@ class TestSuites:
 
     @pytest.mark.slow
     def test_detectors(self):
-        (found,) = suites.detectors(tuple(models.DETECTORS), Settings(), 1, routes=('own', 'ours'))
+        options = dict(routes=('own', 'ours'), size=(160, 224))
+        (found,) = suites.detectors(tuple(models.DETECTORS), Settings(), 1, **options)
+        assert found.input == '1 x 3 x 160 x 224'
         expected = [(name, linear) for name in models.DETECTORS for linear in ('own', 'ours')]
         assert [(row.model, row.linear) for row in found.rows] == expected
         assert all(row.params > 4e7 for row in found.rows)

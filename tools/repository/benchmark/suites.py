@@ -291,7 +291,11 @@ def _inference(
 
 
 def detectors(
-    names: Sequence[str], settings: Settings, rounds: int, routes: Sequence[str] = ('own',)
+    names: Sequence[str],
+    settings: Settings,
+    rounds: int,
+    routes: Sequence[str] = ('own',),
+    size: tuple[int, int] = (800, 1280),
 ) -> Iterator[Comparison]:
     """Compare whole detectors through mmdet: images in, detections out.
 
@@ -304,6 +308,7 @@ def detectors(
         rounds: Rounds.
         routes: Of :data:`~repository.benchmark.routes.ROUTES`, for the linear layers of all, since
             all have some in their heads, which are mmdet's.
+        size: Height and width of the image, in pixels.
 
     Yields:
         The comparison, once.
@@ -317,19 +322,11 @@ def detectors(
 
     register_all_modules()
     settings = replace(settings, compile=False)
-    height, width = 800, 1280
-    sample = DetDataSample(
-        metainfo=dict(
-            img_shape=(height, width),
-            ori_shape=(height, width),
-            pad_shape=(height, width),
-            batch_input_shape=(height, width),
-            scale_factor=(1.0, 1.0),
-        )
-    )
+    shapes = ('img_shape', 'ori_shape', 'pad_shape', 'batch_input_shape')
+    sample = DetDataSample(metainfo=dict.fromkeys(shapes, size) | dict(scale_factor=(1.0, 1.0)))
     torch.manual_seed(0)
     options = dict(device=settings.device, dtype=settings.weights)
-    image = torch.randn(1, 3, height, width, **options)
+    image = torch.randn(1, 3, *size, **options)
     steps, params, absent = {}, {}, {}
     for name in names:
         cfg = Config.fromstring(f"_base_ = '{DETECTORS[name]}'", '.py')
@@ -347,5 +344,5 @@ def detectors(
             )
     seconds = interleave(steps, rounds, settings.device, 'detectors')
     rows = [Row(n, t, linear, params=params[n]) for (n, linear), t in seconds.items()]
-    shape = f'1 x 3 x {height} x {width}'
+    shape = ' x '.join(map(str, image.shape))
     yield Comparison('detection', shape, 1, str(settings), rows, absent)
